@@ -1,0 +1,3009 @@
+#!/usr/bin/env python3
+"""smtpproxy - hands on the mail of devices that can't talk to mail servers.
+
+Printers, cameras and old programs speak plain SMTP to this box; it keeps
+their mail safe in msgs/, lets handlers look at it, and delivers it through
+the account that belongs to the sender, with all that the account needs.
+
+    client -> smtps.Server -> Intake -> Spool -> Relay -> Courier -> server
+                                                   |
+                                                Handlers
+
+The sections are in the order of a mail's journey, each uses only those
+above it: Settings, Log, Spool, Front door, Handlers, Courier, Relay, Proxy,
+Commands, Main. The keys of the ini are explained in smtpproxy.ini.example.
+"""
+import binascii
+import collections
+import errno
+import functools
+import heapq
+import os
+import queue
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import zlib
+from typing import NamedTuple
+
+VERSION = '2.0.0'
+HOME = os.path.dirname(os.path.abspath(__file__))
+
+# OpenWrt's python3-light comes in pieces: who misses one is told its name.
+PACKAGES = {'logging': 'python3-logging', 'ssl': 'python3-openssl',
+            '_ssl': 'python3-openssl', '_hashlib': 'python3-openssl',
+            'email': 'python3-urllib (older feeds: python3-email)',
+            'urllib': 'python3-urllib', 'unicodedata': 'python3-codecs',
+            'idna': 'python3-codecs'}
+
+
+def missing_module(error):
+    """One line for the owner about an ImportError or LookupError."""
+    name = getattr(error, 'name', None) or 'idna'
+    package = PACKAGES.get(name.partition('.')[0], 'the rest of Python')
+    return ('Python module %s is missing on this box: install %s '
+            '(opkg install or apk add)' % (name, package))
+
+
+try:
+    import logging
+    import smtps
+except ImportError as missing:
+    sys.exit('smtpproxy: ' + missing_module(missing))
+
+log = logging.getLogger('smtpproxy')
+
+
+# --- Settings: the whole ini at one moment ----------------------------------
+
+class ConfigError(Exception):
+    """What is wrong with the ini: args[0] is a list of str, one a mistake."""
+
+    def __str__(self):
+        return '\n'.join(self.args[0])
+
+
+NETWORKS = ('127.0.0.0/8 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 '
+            '169.254.0.0/16 ::1 fc00::/7 fe80::/10')
+
+
+# In these classes: field name = ini key, annotation = type, default = default.
+
+class Config(NamedTuple):
+    """[config]"""
+    port: int = 25
+    host: str = ''
+    sleeptime: int = 30
+    debuglevel: int = 0
+    waitafterpop: int = 5
+    deleteonerror: bool = True
+    msgdir: str = 'msgs'
+    allow: str = NETWORKS
+    maxsize: int = 100000000
+    maxconnections: int = 100
+    timeout: int = 300
+    retrydays: int = 5
+    tlscert: str = ''
+    tlskey: str = ''
+    tlsport: int = 0
+    tlsweak: bool = False
+    user: str = ''
+    group: str = ''
+
+
+class Logging(NamedTuple):
+    """[logging]"""
+    file: str = 'smtpproxy.log'
+    size: int = 1000000
+    count: int = 10
+    level: str = 'INFO'
+
+
+class Account(NamedTuple):
+    """One sender's way out: [<address>], [*@domain] or [default]."""
+    localhostname: str = ''
+    smtphost: str = ''
+    smtpport: int = 0
+    smtpsecurity: str = 'none'
+    smtpusername: str = ''
+    smtppassword: str = ''
+    smtpauth: str = 'auto'
+    smtpweaktls: bool = False
+    smtpconnections: int = 4
+    tlsverify: bool = True
+    tlscafile: str = ''
+    popbeforesmtp: bool = False
+    pophost: str = ''
+    popport: int = 995
+    popssl: bool = True
+    popusername: str = ''
+    poppassword: str = ''
+    popcheckdelay: int = 60
+    returnpath: str = ''
+    replyto: str = ''
+    forcefrom: str = ''
+    localpassword: str = ''
+    use: str = ''
+
+    @property
+    def server(self):
+        return '%s:%d' % (self.smtphost, self.smtpport)
+
+    def __repr__(self):
+        return 'Account(%s)' % ', '.join(
+            '%s=%s' % (key, masked(key, value))
+            for key, value in self._asdict().items())
+
+
+class Settings(NamedTuple):
+    """Never changed: a reload builds a new one. accounts: {lower-case section
+    name: Account}, handlers: {name: {key: value}}, warnings: [str]."""
+    file: str
+    config: Config
+    logging: Logging
+    accounts: dict
+    handlers: dict
+    warnings: list
+
+    def account_for(self, sender):
+        """The Account of an envelope sender (str), or None."""
+        return self.accounts.get(self.section_for(sender))
+
+    def section_for(self, sender):
+        """The lower-case name of the section, or None."""
+        sender = sender.lower()
+        for name in (sender, '*@' + sender.rpartition('@')[2], 'default'):
+            if name in self.accounts:
+                return name
+
+
+CHOICES = {'level': ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE'),
+           'smtpsecurity': ('none', 'tls', 'ssl'),
+           'smtpauth': ('auto', 'plain', 'login', 'cram-md5')}
+PORTS = ('port', 'tlsport', 'smtpport', 'popport')
+AT_LEAST = {'maxsize': 1, 'maxconnections': 1, 'timeout': 1,
+            'smtpconnections': 1, 'sleeptime': 1, 'size': 0}
+ADDRESSES = ('returnpath', 'replyto', 'forcefrom')
+PATHS = ('msgdir', 'file', 'tlscert', 'tlskey', 'tlscafile')
+BOOLEANS = {'true': True, 'yes': True, 'on': True, '1': True,
+            'false': False, 'no': False, 'off': False, '0': False}
+
+
+def masked(key, value):
+    """value as it may be shown."""
+    return '***' if value and key.endswith('password') else repr(value)
+
+
+def load(path):
+    """Reads an ini file into Settings. Raises ConfigError with every mistake
+    in it, or OSError."""
+    return IniReader(path).settings()
+
+
+class IniReader:
+    """Turns an ini file into Settings and collects what is wrong with it."""
+
+    def __init__(self, path):
+        self.path, self.mistakes, self.warnings = path, [], []
+        self.folder = os.path.dirname(os.path.abspath(path))
+        self.parser = self.parse(self.read())
+
+    def read(self):
+        with open(self.path, encoding='utf-8-sig') as file:
+            try:
+                return file.read()
+            except UnicodeDecodeError as error:
+                raise ConfigError(['%s: byte %d is not UTF-8: save the file '
+                                   'as UTF-8' % (self.path, error.start)])
+
+    def parse(self, text):
+        """A ConfigParser of text. What it can't read is noted and blanked,
+        until it can: so that all mistakes are named at once."""
+        import configparser
+        lines = text.split('\n')
+        while True:
+            parser = configparser.ConfigParser(
+                interpolation=None, default_section='\0',
+                empty_lines_in_values=False)
+            try:
+                parser.read_string('\n'.join(lines), self.path)
+                return parser
+            except configparser.DuplicateSectionError as error:
+                bad = [(error.lineno, 'section [%s] is there twice: join the '
+                        'two' % error.section)]
+                lines[error.lineno - 1] = '[\1%d]' % error.lineno
+            except configparser.DuplicateOptionError as error:
+                bad = [(error.lineno, '[%s] %s is there twice: remove one'
+                        % (error.section, error.option))]
+                lines[error.lineno - 1] = ''
+            except configparser.MissingSectionHeaderError as error:
+                bad = [(error.lineno, 'a line before the first [section]')]
+                lines[error.lineno - 1] = ''
+            except configparser.ParsingError as error:
+                bad = [(number, 'neither key=value nor [section]')
+                       for number, _ in error.errors]
+                for number, _ in error.errors:
+                    lines[number - 1] = ''
+            self.mistakes += ['%s line %d: %s' % (self.path, number, what)
+                              for number, what in bad]
+
+    def settings(self):
+        config, logs, accounts, handlers = Config(), Logging(), {}, {}
+        for section in self.parser.sections():
+            name = section.strip().lower()
+            if name == 'config':
+                config = self.read_section(section, Config)
+            elif name == 'logging':
+                logs = self.read_section(section, Logging)
+            elif name.split()[:1] == ['handler'] and '@' not in name:
+                handlers[section.strip()[7:].strip()] = dict(
+                    self.parser[section])
+            elif name in accounts:
+                self.complain(section, '', 'is there twice: letters large and '
+                              'small are the same in an address')
+            elif not name.startswith('\1'):
+                accounts[name] = self.read_section(section, Account)
+        self.resolve(accounts)
+        config, logs = self.complete(config, logs)
+        if self.mistakes:
+            raise ConfigError(self.mistakes)
+        return Settings(self.path, config, logs, accounts, handlers,
+                        self.warnings + self.careless(accounts))
+
+    def complain(self, section, key, what):
+        self.mistakes.append('%s: [%s] %s%s' % (
+            self.path, section, key and key + ' ', what))
+
+    def read_section(self, section, shape):
+        """A shape (Config, Logging, Account) from one section."""
+        found = {}
+        for key, value in self.parser[section].items():
+            if key not in shape._fields:
+                self.complain(section, key, 'is no key here' + self.nearest(
+                    section, key, shape))
+            elif '\n' in value:
+                self.complain(section, key, 'has more than one line: does '
+                              'the next one begin with a blank?')
+            else:
+                found[key] = self.convert(section, key, value, shape)
+        if shape is Account:
+            self.check_account(section, found)
+        return shape(**{key: value for key, value in found.items()
+                        if value is not None})
+
+    @staticmethod
+    def nearest(section, key, shape):
+        """A hint at the name that was meant."""
+        import difflib
+        if shape is Account and (key in Config._fields
+                                 or key in Logging._fields):
+            kind = 'config' if key in Config._fields else 'logging'
+            return ': it belongs into [%s]' % kind
+        if shape is not Account and key in Account._fields:
+            return ': it belongs into the section of an account'
+        near = difflib.get_close_matches(key, shape._fields, 1, 0.6)
+        return ': do you mean %s?' % near[0] if near else (
+            '; known are ' + ', '.join(shape._fields))
+
+    def convert(self, section, key, text, shape):
+        """The value of a key; None after a complaint."""
+        kind, wrong = shape.__annotations__[key], None
+        if kind is bool:
+            if text.lower() in BOOLEANS:
+                return BOOLEANS[text.lower()]
+            wrong = 'must be true or false'
+        elif kind is int:
+            low = AT_LEAST.get(key, 0)
+            high = 65535 if key in PORTS else sys.maxsize
+            if re.match(r'\d{1,18}$', text) and low <= int(text) <= high:
+                return int(text)
+            wrong = 'must be a whole number %s' % (
+                'from %d to %d' % (low, high) if key in PORTS
+                else 'of at least %d' % low)
+        elif key in CHOICES:
+            for choice in CHOICES[key]:
+                if text.lower() == choice.lower():
+                    return choice
+            wrong = 'must be one of ' + ', '.join(CHOICES[key])
+        elif re.search(r'[\x00-\x08\x0b-\x1f\x7f]', text):
+            wrong = 'has control characters'
+        elif key in ADDRESSES and text and not is_address(text):
+            wrong = 'must be a mail address'
+        elif key == 'localhostname' and re.search(r'\s', text):
+            wrong = 'must be a name without blanks'
+        else:
+            return self.located(section, key, text)
+        self.complain(section, key, '= %s: %s' % (
+            text if not key.endswith('password') else '***', wrong))
+
+    def located(self, section, key, text):
+        """Paths are relative to the folder of the ini."""
+        if key not in PATHS or not text:
+            return text
+        path = os.path.join(self.folder, os.path.expanduser(text))
+        if key.startswith('tls') and not os.access(path, os.R_OK):
+            self.complain(section, key, '= %s: there is no such file that we '
+                          'may read' % path)
+        return path
+
+    def check_account(self, section, found):
+        """What an account needs, and what follows from what."""
+        if found.get('use'):
+            if len(found) > 1:
+                self.complain(section, 'use', 'must be the only key here')
+            return
+        for key in ('smtphost',) + (
+                ('pophost', 'popusername', 'poppassword')
+                if found.get('popbeforesmtp') else ()):
+            if not found.get(key):
+                self.complain(section, key, 'is missing')
+        if not found.get('smtpport'):
+            found['smtpport'] = 465 if found.get('smtpsecurity') == 'ssl' else 25
+        if bool(found.get('smtpusername')) != bool(found.get('smtppassword')):
+            self.warnings.append(
+                '%s: [%s] has smtpusername or smtppassword without the other: '
+                'there will be no login' % (self.path, section))
+
+    def resolve(self, accounts):
+        """Puts the account that is meant in the place of each use=."""
+        for name, account in list(accounts.items()):
+            path = [name]
+            while account is not None and account.use:
+                target = account.use.lower()
+                account = accounts.get(target)
+                if account is None:
+                    self.complain(name, 'use', '= %s: there is no such section'
+                                  % target + self.nearest_section(
+                                      target, accounts))
+                elif target in path:
+                    self.complain(name, 'use', 'goes round in a circle: '
+                                  + ' -> '.join(path + [target]))
+                    account = None
+                path.append(target)
+            if account is not None:
+                accounts[name] = account
+
+    @staticmethod
+    def nearest_section(name, accounts):
+        import difflib
+        near = difflib.get_close_matches(name, accounts, 1, 0.6)
+        return ': do you mean %s?' % near[0] if near else ''
+
+    def complete(self, config, logs):
+        """Defaults that depend on something else, checks across keys."""
+        if not os.path.isabs(config.msgdir):
+            config = config._replace(msgdir=os.path.join(HOME, 'msgs'))
+        if not os.path.isabs(logs.file):
+            logs = logs._replace(file=os.path.join(self.folder, logs.file))
+        if bool(config.tlscert) != bool(config.tlskey):
+            self.complain('config', 'tlscert', 'and tlskey go together')
+        if config.tlsport and not config.tlscert:
+            self.complain('config', 'tlsport', 'needs tlscert and tlskey')
+        try:
+            Networks(config.allow)
+        except ValueError as error:
+            self.complain('config', 'allow', '%s: use networks such as '
+                          '192.168.1.0/24, or any' % error)
+        self.check_identity(config)
+        return config, logs
+
+    def check_identity(self, config):
+        try:
+            identity(config)
+        except KeyError as error:
+            self.complain('config', 'user or group', '%s is not known on '
+                          'this box' % error)
+
+    def careless(self, accounts):
+        """Warnings: what works, but may not be what the owner wants."""
+        found = []
+        for section in self.parser.sections():
+            for key in self.parser[section]:
+                if key.endswith('password') and '%%' in (
+                        self.parser[section][key]):
+                    found.append('%s: [%s] %s has %%%%: smtpproxy 1.x read it '
+                                 'as one %%, 2.0 takes it as it stands'
+                                 % (self.path, section, key))
+        if not accounts:
+            found.append('%s: no account: all mail will be refused. Add a '
+                         'section such as [default]' % self.path)
+        if any(key.endswith('password') for section in self.parser.sections()
+               for key in self.parser[section]) and (
+                   os.stat(self.path).st_mode & 0o077):
+            found.append('%s: others on this box can read the passwords in '
+                         'it: chmod 600 %s' % (self.path, self.path))
+        return found
+
+
+def is_address(text):
+    """Is it 'a@b' or 'Name <a@b>'?"""
+    return re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|[^<>@\s]+@[^<>@\s]+$',
+                    text) is not None
+
+
+def bare_address(text):
+    """'a@b' of 'Name <a@b>' or '<a@b>' or 'a@b'."""
+    return text.rpartition('<')[2].rstrip('> ').strip()
+
+
+def identity(config):
+    """(uid, gid, user name) that the ini asks for, None for each that stays.
+    Raises KeyError."""
+    if not (config.user or config.group):
+        return None, None, None
+    import grp
+    import pwd
+    try:
+        user = pwd.getpwnam(config.user) if config.user else None
+        group = grp.getgrnam(config.group).gr_gid if config.group else None
+    except KeyError:
+        known = [config.user, config.group]
+        raise KeyError(' or '.join(filter(None, known)))
+    if user and group is None:
+        group = user.pw_gid
+    return user and user.pw_uid, group, user and user.pw_name
+
+
+class Networks:
+    """The clients that may send: 'a in Networks(...)'. Raises ValueError."""
+
+    def __init__(self, text):
+        import ipaddress
+        self.address = functools.lru_cache(256)(ipaddress.ip_address)
+        words = text.replace(',', ' ').split()
+        self.all = [word.lower() for word in words] == ['any']
+        if not words:
+            raise ValueError('is empty')
+        self.networks = [] if self.all else [
+            ipaddress.ip_network(word, strict=False) for word in words]
+
+    def __contains__(self, address):
+        address = self.address(address)
+        address = getattr(address, 'ipv4_mapped', None) or address
+        return self.all or any(address in n for n in self.networks)
+
+
+# --- Log: one line a step, for the owner ------------------------------------
+
+class LogFile(logging.FileHandler):
+    """A file that starts anew at size bytes; count old ones are kept. What
+    can't be written is said once on stderr: a full disk is the log's trouble
+    and never the mail's."""
+
+    def __init__(self, path, size, count):
+        self.size, self.count, self.written, self.broken = size, count, 0, ''
+        super().__init__(path, encoding='utf-8', delay=True)
+
+    def emit(self, record):
+        try:
+            line = self.format(record) + '\n'
+            if self.stream is None:
+                self.stream = self._open()
+                self.written = self.stream.tell()
+            if self.size and self.written + len(line) > self.size:
+                self.rotate()
+            self.stream.write(line)
+            self.stream.flush()
+            self.written += len(line)
+            self.broken = ''
+        except (OSError, ValueError) as error:
+            self.complain(error)
+
+    def complain(self, error):
+        if self.broken != str(error):
+            self.broken = str(error)
+            say('the log %s cannot be written: %s; mail goes on'
+                % (self.baseFilename, error))
+
+    def rotate(self):
+        """smtpproxy.log becomes smtpproxy.log.1, that one .2, and so on."""
+        self.stream.close()
+        self.stream = None
+        names = [self.baseFilename] + [
+            '%s.%d' % (self.baseFilename, n + 1) for n in range(self.count)]
+        for new, old in reversed(list(zip(names[1:], names))):
+            if os.path.exists(old):
+                os.replace(old, new)
+        self.stream = open(self.baseFilename, 'a' if self.count else 'w',
+                           encoding='utf-8')
+        self.written = 0
+
+    def handleError(self, record):
+        """A message with wrong arguments must not end in a traceback."""
+
+
+def say(text):
+    """One line to whoever started us."""
+    try:
+        print('smtpproxy: ' + text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        pass
+
+
+class OneLine(logging.Formatter):
+    """Whatever a client or server says can't fake a second line."""
+
+    def format(self, record):
+        text = super().format(record)
+        if record.exc_info or '\n' not in text:
+            return text
+        return text.replace('\r', '\\r').replace('\n', '\\n')
+
+
+def open_log(settings):
+    """Sends all log lines to the file, and to a terminal if there is one."""
+    # What nobody prints need not be found out for every line.
+    logging.logThreads = logging.logProcesses = False
+    logging.logMultiprocessing = False
+    logging._srcfile = None
+    root = logging.getLogger()
+    handlers = [LogFile(*settings.logging[:3])]
+    if sys.stderr and sys.stderr.isatty():
+        handlers.append(logging.StreamHandler())
+    for handler in root.handlers[:]:
+        root.removeHandler(handler)
+        handler.close()
+    for handler in handlers:
+        handler.setFormatter(OneLine('%(asctime)s %(levelname)s %(message)s'))
+        root.addHandler(handler)
+    level = settings.logging.level
+    root.setLevel(logging.CRITICAL if level == 'NONE' else level)
+
+
+class HandlerLog:
+    """The logger that a handler gets: the names of 1.x and those of logging.
+    Every line begins with the id of the mail at hand."""
+
+    def __init__(self, name):
+        self.name, self.id = name, '-'
+
+    def write(self, level, message, *arguments, **options):
+        text = str(message) % arguments if arguments else str(message)
+        log.log(level, '%s: handler %s: %s', self.id, self.name, text,
+                **options)
+
+    def exception(self, message, *arguments):
+        self.error(message, *arguments, exc_info=True)
+
+
+for names, level in (('log info', logging.INFO), ('logerr error critical',
+                     logging.ERROR), ('logwarn warning warn', logging.WARNING),
+                     ('logdebug debug', logging.DEBUG)):
+    for name in names.split():
+        setattr(HandlerLog, name, functools.partialmethod(
+            HandlerLog.write, level))
+
+
+# --- Spool: what is on disk -------------------------------------------------
+
+class Address(str):
+    """'a@b', equal to '<a@b>' too: handlers of 1.x compare with that."""
+
+    def __eq__(self, other):
+        return isinstance(other, str) and str.strip(self, '<>') == (
+            str.strip(other, '<>'))
+
+    def __ne__(self, other):
+        return not self == other
+
+    def __hash__(self):
+        return hash(str.strip(self, '<>'))
+
+
+@functools.lru_cache(32)
+def fields_named(*names):
+    """A pattern for whole header fields, folded lines included."""
+    return re.compile(rb'^(?:%s)[ \t]*:.*\r\n(?:[ \t].*\r\n)*' % '|'.join(
+        names).encode(), re.IGNORECASE | re.MULTILINE)
+
+
+def split_header(content):
+    """Where the body of a mail (bytes) begins, at its empty line."""
+    return 0 if content.startswith(b'\r\n') else (
+        content.find(b'\r\n\r\n') + 2 or len(content))
+
+
+def stuffed(message):
+    """A message (bytes, any line ends) as on the wire, without final dot."""
+    lines = smtps.DataReader.LINE_END.sub(b'\r\n', message)
+    if not lines.endswith(b'\r\n'):
+        lines += b'\r\n'
+    return (b'\r\n' + lines).replace(b'\r\n.', b'\r\n..')[2:-2] + b'\r\n'
+
+
+def unstuffed(content):
+    """The message that content is on the wire."""
+    return (b'\r\n' + content).replace(b'\r\n.', b'\r\n')[2:]
+
+
+class Unreadable(Exception):
+    """A file in msgs/ that is no mail of ours; says why."""
+
+
+class Unfinished(Exception):
+    """A file in msgs/ whose end is missing: it was never promised."""
+
+
+TAIL = re.compile(rb'\.\r\nNOOP crc32=([0-9a-f]{8})\r\n\Z')
+TAIL_SIZE = len(b'.\r\nNOOP crc32=01234567\r\n')
+HANDLED = b'NOOP handled\r\n'
+
+
+class Mail:
+    """One mail in the spool.
+
+    For handlers: to (list of Address), frm (Address), msg (bytes, read when
+    asked for; assign to change it). id: str; handled: bool; tries: int; due:
+    seconds since 1970, for people; problem: str, why it is still here; parked:
+    bool; account_trouble: bool, the problem is not this mail's own."""
+
+    def __init__(self, id, path):
+        self.id, self.path = id, path
+        self.tries, self.due, self.problem = 0, 0.0, ''
+        self.handled = self.parked = self.account_trouble = False
+        self.refused = {}           # {recipient: reply}, refused for good
+        self.has_state, self._msg = False, None
+        self.read()
+
+    def read(self):
+        """The envelope and the header, and all of it if it is small. Raises
+        Unfinished, Unreadable, OSError."""
+        with open(self.path, 'rb', buffering=0) as file:
+            self.size = os.fstat(file.fileno()).st_size
+            self.data = file.read(smtps.CHUNK)
+            while b'\r\nDATA\r\n' not in self.data[:self.size] or (
+                    b'\r\n\r\n' not in self.data):
+                more = file.read(smtps.CHUNK)
+                if not more:
+                    break
+                self.data += more
+            file.seek(max(0, self.size - TAIL_SIZE))
+            tail = TAIL.match(file.read(TAIL_SIZE))
+        self.parse_envelope()
+        if not tail:
+            raise Unfinished('it has no end')
+        self.checksum = int(tail[1], 16)
+
+    def parse_envelope(self):
+        envelope, data, _ = self.data.partition(b'\r\nDATA\r\n')
+        self.start = len(envelope) + len(data)
+        if envelope.startswith(HANDLED):
+            self.handled, envelope = True, envelope[len(HANDLED):]
+        try:
+            lines = envelope.decode().split('\r\n')
+            if not lines[0].startswith('MAIL FROM:'):
+                raise ValueError('it does not begin with MAIL FROM')
+            if not data:
+                raise Unfinished('it has no DATA')
+            frm, self.parameters = smtps.parse_path(lines[0][10:], '5.1.7')
+            self.frm = Address(frm)
+            self.to = [Address(smtps.parse_path(line[8:], '5.1.3')[0])
+                       for line in lines[1:] if line.startswith('RCPT TO:')]
+            if not self.to or len(self.to) + 1 != len(lines):
+                raise ValueError('RCPT TO is missing')
+        except (ValueError, smtps.Refused) as error:
+            if not envelope and not data:
+                raise Unfinished('it is empty')
+            raise Unreadable(str(error))
+
+    def verify(self):
+        """Raises Unreadable if the bytes are not those that were stored."""
+        checksum, left = 0, self.size - len(b'NOOP crc32=01234567\r\n')
+        with open(self.path, 'rb', buffering=0) as file:
+            while left:
+                chunk = file.read(min(left, smtps.CHUNK))
+                if not chunk:
+                    break
+                checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
+        if checksum != self.checksum:
+            raise Unreadable('its checksum is wrong')
+
+    def header(self):
+        """The header, dots doubled, with its last line end."""
+        return self.data[self.start:self.body()]
+
+    def body(self):
+        """Offset of the empty line behind the header; the final dot's line
+        ends at dot()."""
+        return self.start + split_header(
+            self.data[self.start:self.dot() - 3])
+
+    def dot(self):
+        return self.size - len(b'NOOP crc32=01234567\r\n')
+
+    def field(self, name):
+        """A header field's value for a log line (str)."""
+        match = fields_named(name).search(self.header())
+        return '' if not match else ' '.join(match[0].partition(b':')[2].decode(
+            'utf-8', 'replace').split())[:100]
+
+    @property
+    def msg(self):
+        if self._msg is None:
+            with open(self.path, 'rb') as file:
+                file.seek(self.start)
+                self._msg = unstuffed(
+                    file.read(self.dot() - 3 - self.start))
+        return self._msg
+
+    @msg.setter
+    def msg(self, value):
+        if isinstance(value, str):
+            value = value.encode('utf-8', 'surrogateescape')
+        self._msg = bytes(value)
+
+
+class Draft:
+    """A mail file that is being written. Nothing is on disk before there is
+    much of it: a small mail is one file made, written and synced at once."""
+
+    def __init__(self, spool, id, kind, frm, to, parameters=None, first=b''):
+        self.spool, self.id, self.path = spool, id, spool.path(id, kind)
+        options = ''.join(
+            ' %s%s' % (key, '=' + parameters[key] if parameters[key] else '')
+            for key in ('BODY', 'SMTPUTF8') if key in (parameters or ()))
+        lines = ['MAIL FROM:<%s>%s' % (frm, options)]
+        lines += ['RCPT TO:<%s>' % address for address in to]
+        self.pending = first + ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
+        self.file, self.checksum, self.size = None, 0, 0
+
+    def write(self, chunk):
+        """chunk: bytes as on the wire. Raises OSError."""
+        self.pending += chunk
+        self.size += len(chunk)
+        if len(self.pending) >= smtps.CHUNK:
+            self.flush()
+
+    def flush(self):
+        if self.file is None:
+            self.file = os.open(
+                self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        data, self.pending = self.pending, b''
+        self.checksum = zlib.crc32(data, self.checksum)
+        while data:
+            data = data[os.write(self.file, data):]
+
+    def commit(self):
+        """The promise: after this the mail survives a crash. Raises OSError,
+        then nothing was promised."""
+        self.pending += b'.\r\n'
+        self.pending += b'NOOP crc32=%08x\r\n' % zlib.crc32(
+            self.pending, self.checksum)
+        self.flush()
+        os.fsync(self.file)
+        file, self.file = self.file, None
+        os.close(file)
+        self.spool.sync()
+
+    def abort(self):
+        """Leaves nothing behind, as far as the disk lets us."""
+        file, self.file, self.pending = self.file, None, b''
+        if file is not None:
+            os.close(file)
+        try:
+            os.unlink(self.path)
+        except OSError:
+            pass                        # not there, or swept at the next start
+
+
+class Busy(Exception):
+    """Another process works on this msgs/."""
+
+
+class Spool:
+    """msgs/, the only owner of its files. What the client said is what the
+    server will be told: ID.mail is Batch SMTP, plain text.
+
+    The legal states, who makes them, and what a crash costs (nothing that
+    was promised is ever lost):
+
+      files                   made by              a crash there costs
+      ------------------------------------------------------------------
+      ID.mail without its     Draft.write          nothing: no 250 was said;
+        last line                                  swept at start
+      ID.mail                 Draft.commit: the    at worst a second copy,
+                              last line + fsync    stored with its 250 unheard
+                              IS THE PROMISE
+      ID.mail ID.new          save, replace        ID.new counts for nothing;
+                                                   swept at start
+      ID.mail, "handled" in   replace: the rename  handlers may run twice
+        its first line                             before it, never after
+      ID.mail ID.state        save: the rename     one try more before it; an
+                                                   accepted recipient's second
+                                                   copy, never after
+      ID.state                remove, half-way     nothing; swept at start
+      nothing                 remove               a second copy before it
+
+    Beside them: corrupt/ for what can't be read, asked/ for requests of the
+    queue commands (ID.retry, ID.delete), .lock held by the one process that
+    may work here. Only that process changes anything but asked/.
+
+    Time: ids and ages count seconds that this spool has seen with a service
+    running, not the box's clock, which may begin in 1970 and jump."""
+
+    ID = re.compile(r'[0-9a-f]{8}-[0-9a-f]{5}')
+    OURS = ('.lock', 'corrupt', 'asked')
+
+    def __init__(self, folder, clock=time.monotonic):
+        self.folder, self.clock = folder, clock
+        self.lock = None
+        self.epoch = time.time() - clock()
+        self.sequence = int.from_bytes(os.urandom(2), 'big')
+        self.counting = threading.Lock()    # guards sequence
+        self.drafts = set()                 # ids that are being received
+        self.delivered = set()              # their file could not be removed
+        self.unsaved = {}                   # id -> state that disk refused
+        self.first_own = ''                 # older ids were found at start
+
+    def path(self, id, kind):
+        return os.path.join(self.folder, '%s.%s' % (id, kind))
+
+    # Who may work here.
+
+    def open(self, patience=2.0):
+        """Makes the folder if need be and locks it. Raises Busy or OSError;
+        patience: seconds to wait for a queue command that has the lock."""
+        import fcntl
+        os.makedirs(self.folder, 0o700, exist_ok=True)
+        lock = os.open(os.path.join(self.folder, '.lock'),
+                       os.O_RDWR | os.O_CREAT, 0o600)
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    os.close(lock)
+                    raise Busy(self.folder)
+                time.sleep(0.05)
+        self.lock = lock
+
+    def close(self):
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    # Time and ids.
+
+    def now(self):
+        """Seconds, in this spool's own time."""
+        return self.epoch + self.clock()
+
+    def age(self, id):
+        """Seconds that a mail has been here with a service running."""
+        return self.now() - int(id[:8], 16)
+
+    def new_id(self):
+        with self.counting:
+            self.sequence = (self.sequence + 1) % 0x100000
+            return '%08x-%05x' % (int(self.now()) % 0x100000000,
+                                  self.sequence)
+
+    # A mail's life.
+
+    def draft(self, frm, to, parameters):
+        """A new Draft."""
+        id = self.new_id()
+        while os.path.exists(self.path(id, 'mail')):
+            id = self.new_id()
+        self.drafts.add(id)
+        return Draft(self, id, 'mail', frm, to, parameters)
+
+    def load(self, id):
+        """The Mail of an id, None if it is not there. Raises Unfinished,
+        Unreadable or OSError."""
+        if id in self.delivered:
+            return None
+        try:
+            mail = Mail(id, self.path(id, 'mail'))
+        except FileNotFoundError:
+            if os.path.exists(os.path.join(self.folder, '.lock')):
+                return None
+            raise                       # all of msgs/ is away, not this mail
+        if id < self.first_own:
+            mail.verify()
+        self.load_state(mail)
+        return mail
+
+    def load_state(self, mail):
+        state = self.unsaved.get(mail.id)
+        if state is None:
+            try:
+                with open(self.path(mail.id, 'state'), 'rb') as file:
+                    text = file.read()
+            except FileNotFoundError:
+                return
+            state = self.parse_state(mail.id, text)
+        mail.has_state = True
+        vars(mail).update(state)
+        mail.to = [Address(to) for to in mail.to]
+
+    def parse_state(self, id, text):
+        """{name: value}; a state that can't be read is set aside, the mail is
+        then sent to all its recipients."""
+        import json
+        kinds = {'to': list, 'refused': dict, 'tries': int, 'due': float,
+                 'problem': str, 'handled': bool, 'parked': bool,
+                 'account_trouble': bool}
+        try:
+            state = json.loads(text.decode())
+            if {k: type(v) for k, v in state.items()} != kinds or not all(
+                    isinstance(to, str) for to in state['to']):
+                raise ValueError('its fields are not ours')
+            return state
+        except (ValueError, AttributeError) as error:
+            self.set_aside('%s.state' % id, error)
+            return {}
+
+    def save(self, mail):
+        """Keeps what is known of a mail in trouble: recipients left, tries.
+        When the disk refuses it is remembered as long as we run."""
+        import json
+        state = {name: getattr(mail, name) for name in (
+            'to', 'refused', 'tries', 'due', 'problem', 'handled',
+            'parked', 'account_trouble')}
+        mail.has_state = True
+        try:
+            self.write_state(mail.id, json.dumps(state, indent=1).encode())
+            self.unsaved.pop(mail.id, None)
+        except OSError as error:
+            self.unsaved[mail.id] = state
+            log.error('%s: its state cannot be saved: %s; remembered until '
+                      'the next stop', mail.id, error)
+
+    def write_state(self, id, text):
+        new = self.path(id, 'new')
+        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        try:
+            while text:
+                text = text[os.write(file, text):]
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.rename(new, self.path(id, 'state'))
+        self.sync()
+
+    def replace(self, mail):
+        """Stores what handlers made of a mail: envelope and message, one
+        rename is the commit. Raises OSError, then the old one is there."""
+        draft = Draft(self, mail.id, 'new', mail.frm, mail.to,
+                      mail.parameters, HANDLED)
+        try:
+            os.unlink(draft.path)
+        except FileNotFoundError:
+            pass
+        try:
+            draft.write(stuffed(mail.msg))
+            draft.commit()
+            os.rename(draft.path, mail.path)
+        except BaseException:
+            draft.abort()
+            raise
+        self.sync()
+
+    def remove(self, mail):
+        """Forgets a mail: first the mail, then what is known of it."""
+        try:
+            os.unlink(mail.path)
+        except FileNotFoundError:
+            pass
+        except OSError as error:
+            self.delivered.add(mail.id)
+            log.error('%s: done, but its file cannot be removed: %s; it will '
+                      'not be sent again as long as we run', mail.id, error)
+            return
+        self.delivered.discard(mail.id)
+        self.unsaved.pop(mail.id, None)
+        if mail.has_state:
+            try:
+                os.unlink(self.path(mail.id, 'state'))
+            except OSError:
+                pass                    # swept at the next start
+
+    def set_aside(self, name, why):
+        """Moves what can't be read to corrupt/: never run, never deleted."""
+        if self.lock is None:
+            return                      # a queue command only looks
+        corrupt = os.path.join(self.folder, 'corrupt')
+        try:
+            os.makedirs(corrupt, 0o700, exist_ok=True)
+            target = os.path.join(corrupt, name)
+            while os.path.exists(target):
+                target += '+'
+            os.rename(os.path.join(self.folder, name), target)
+            log.error('%s: cannot be read: %s; it is kept as %s',
+                      name.rpartition('.')[0] or name, why, target)
+        except OSError as error:
+            log.error('%s: cannot be read: %s; nor set aside: %s',
+                      name, why, error)
+
+    def sync(self):
+        """Makes names last: POSIX wants the folder synced as well."""
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+    # All of them.
+
+    def scan(self):
+        """The ids of all mails here, oldest first. Touches no file."""
+        found = sorted(name[:-5] for name in os.listdir(self.folder)
+                       if name.endswith('.mail')
+                       and self.ID.match(name[:-5])
+                       and len(name) == 19)
+        return [id for id in found if id not in self.drafts]
+
+    def start(self):
+        """scan(), and goes on in the time of the newest mail: the service's
+        time, if there is nothing, begins with the box's."""
+        found = self.scan()
+        if found:
+            newest = max(int(id[:8], 16) for id in found)
+            self.epoch = newest + 1 - self.clock()
+        self.first_own = '%08x' % int(self.now())
+        return found
+
+    def sweep(self, found):
+        """Removes what was never promised, sets aside what is not ours.
+        found: ids of mails. At start, before anything else is written."""
+        found = set(found)
+        for name in os.listdir(self.folder):
+            id, _, kind = name.rpartition('.')
+            path = os.path.join(self.folder, name)
+            if id in found and kind in ('mail', 'state') or (
+                    name in self.OURS or os.path.isdir(path)):
+                continue
+            if self.ID.fullmatch(id) and kind in ('new', 'state'):
+                os.unlink(path)
+            elif not (self.ID.fullmatch(id) and kind == 'mail'):
+                self.set_aside(name, self.suspect(path))
+
+    @staticmethod
+    def suspect(path):
+        """What a file that is not ours may be."""
+        with open(path, 'rb') as file:
+            head = file.read(2)
+        if head[:1] in (b'\x80', b'(', b'c'):
+            return ('it looks like pickled mail of smtpproxy 1.x, which is '
+                    'not run: let 1.x deliver what it has before an upgrade')
+        return 'it is no mail of smtpproxy'
+
+    def bury(self):
+        """Tries again to remove what is delivered."""
+        for id in list(self.delivered):
+            self.delivered.discard(id)
+            mail = self.load(id)
+            if mail:
+                self.remove(mail)
+
+    # Requests of the queue commands, which may run beside the service.
+
+    def ask(self, id, what):
+        """Leaves a request; returns its path, which is gone once done."""
+        folder = os.path.join(self.folder, 'asked')
+        os.makedirs(folder, 0o700, exist_ok=True)
+        path = os.path.join(folder, '%s.%s' % (id, what))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        return path
+
+    def asked(self):
+        """[(path, id or 'all', 'retry' or 'delete')]"""
+        folder = os.path.join(self.folder, 'asked')
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return []
+        return [(os.path.join(folder, name),) + name.rpartition('.')[::2]
+                for name in sorted(names)]
+
+
+# --- Front door: what clients hand in ---------------------------------------
+
+MISSING = re.compile(rb'^(date|message-id|from|received)[ \t]*:',
+                     re.IGNORECASE | re.MULTILINE)
+HEADER = re.compile(rb'(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*')
+HEADER_LIMIT = 512 * 1024       # bytes
+HOPS = 100                      # RFC 5321 6.3
+
+
+class Intake(smtps.Session):
+    """May this client send as this one? Then its mail goes to the spool.
+
+    announce(id, sender) is called when a mail is safe; any_sender: a handler
+    may still change who it is from, so nobody is refused."""
+
+    told = set()        # unknown senders whose ini block is in the log
+
+    def __init__(self, client, spool, settings, announce, any_sender):
+        super().__init__(client)
+        self.spool, self.settings, self.announce = spool, settings, announce
+        self.any_sender, self.signed_in_as = any_sender, None
+
+    def auth(self, user, password):
+        """Any login will do (devices insist on one), but for an account with
+        localpassword."""
+        import hmac
+        section = self.settings.section_for(user)
+        account = self.settings.accounts.get(section)
+        if not account or not account.localpassword:
+            return
+        if hmac.compare_digest(
+                *(text.encode('utf-8', 'surrogateescape')
+                  for text in (account.localpassword, password))):
+            self.signed_in_as = section
+        elif section != 'default' or '@' in user or user == section:
+            log.warning('%s: wrong localpassword for [%s]', self.client,
+                        section)
+            raise smtps.Refused(535, '5.7.8 wrong user name or password')
+
+    def mail(self, sender, parameters):
+        section = self.settings.section_for(sender)
+        if section is None:
+            if not self.any_sender:
+                self.explain_unknown(sender)
+                raise smtps.Refused(550, '5.7.1 no account for sender <%s>'
+                                    % smtps.printable(sender))
+        elif (self.settings.accounts[section].localpassword
+                and self.signed_in_as != section):
+            log.warning('%s: no login as [%s], which its localpassword asks '
+                        'for; answered 530', self.client, section)
+            raise smtps.Refused(530, '5.7.0 sign in to send as this one')
+
+    def explain_unknown(self, sender):
+        """The refusal for the owner, once with what to add to the ini."""
+        log.warning('%s: refused: no account for sender <%s>', self.client,
+                    sender)
+        if sender in self.told or len(self.told) > 1000:
+            return
+        self.told.add(sender)
+        log.warning('to take its mail add this to the ini and reload (or use '
+                    'the name [default]):')
+        for line in ('[%s]' % (sender or 'default'), 'smtphost=<your '
+                     'provider\'s server>', 'smtpsecurity=tls',
+                     'smtpport=587', 'smtpusername=<your name there>',
+                     'smtppassword=<your password there>'):
+            log.warning('    %s', line)
+
+    def data(self, sender, recipients, parameters):
+        return Incoming(self, sender, recipients, parameters)
+
+
+class Incoming(smtps.Receiver):
+    """One mail on its way from a client to its file: Received is put in
+    front, and what every mail needs and this one lacks."""
+
+    def __init__(self, intake, sender, recipients, parameters):
+        self.intake, self.client = intake, intake.client
+        self.sender, self.recipients = sender, recipients
+        self.draft = intake.spool.draft(sender, recipients, parameters)
+        self.id = self.draft.id
+        self.head, self.in_header = b'', True
+
+    def write(self, chunk):
+        """Raises Refused."""
+        if self.in_header:
+            self.head += chunk
+            chunk = self.complete_header(False)
+        self.store(self.draft.write, chunk)
+
+    def commit(self):
+        """The only place that makes a 250 to the final dot possible."""
+        if self.in_header:
+            self.store(self.draft.write, self.complete_header(True))
+        self.store(self.draft.commit)
+        self.intake.spool.drafts.discard(self.id)
+        log.info('%s: accepted from <%s> to %s, %d bytes, client %s (%s)',
+                 self.id, self.sender, listed(self.recipients),
+                 self.draft.size, self.client, self.client.hello)
+        self.intake.announce(self.id, self.sender)
+        return '2.0.0 accepted as ' + self.id
+
+    def abort(self):
+        self.draft.abort()
+        self.intake.spool.drafts.discard(self.id)
+
+    def store(self, step, *arguments):
+        """Does step; a full disk is the client's to try again."""
+        try:
+            step(*arguments)
+        except OSError as error:
+            log.error('%s: not taken from <%s>, client %s: it cannot be '
+                      'stored: %s; answered 452, the client may try again',
+                      self.id, self.sender, self.client, error)
+            raise smtps.Refused(452, '4.3.1 no room for it now, try later')
+
+    def complete_header(self, all_is_there):
+        """What may be written of head: nothing while the header goes on.
+        Raises Refused."""
+        if re.match(rb'>?From ', self.head):        # of a mailbox file
+            self.head = self.head.partition(b'\r\n')[2]
+        end = HEADER.match(self.head).end()
+        rest = self.head[end:]
+        if b'\r\n' not in rest and not all_is_there:
+            if len(self.head) <= HEADER_LIMIT:
+                return b''
+            rest = b'\r\n'
+        if end > HEADER_LIMIT:
+            raise smtps.Refused(552, '5.3.4 the header is too large')
+        if not rest.startswith(b'\r\n'):
+            rest = b'\r\n' + rest
+        header, self.head, self.in_header = self.head[:end], b'', False
+        return self.new_fields(header) + header + rest
+
+    def new_fields(self, header):
+        """Received, and Date, Message-ID, From where missing."""
+        found = [name.lower() for name in MISSING.findall(header)]
+        if found.count(b'received') > HOPS:
+            log.error('%s: refused, it goes round in a loop: more than %d '
+                      'Received lines; from <%s>, client %s', self.id, HOPS,
+                      self.sender, self.client)
+            raise smtps.Refused(554, '5.4.6 mail loop')
+        host = smtps.printable(socket.gethostname()) or 'localhost'
+        now = time.strftime('%a, %d %b %Y %H:%M:%S +0000', time.gmtime())
+        client = self.client
+        fields = ['Received: from %s ([%s%s])\r\n\tby %s with %s id %s;\r\n\t%s'
+                  % (smtps.printable(client.hello or '').replace('(', '?')
+                     or 'unknown', 'IPv6:' if ':' in client.address else '',
+                     client.address, host, self.protocol(), self.id, now)]
+        if b'date' not in found:
+            fields.append('Date: ' + now)
+        if b'message-id' not in found:
+            fields.append('Message-ID: <%s.%s@%s>' % (
+                self.id, os.urandom(4).hex(), host))
+        if b'from' not in found:
+            fields.append('From: <%s>' % (
+                self.sender or 'MAILER-DAEMON@' + host))
+        return ('\r\n'.join(fields) + '\r\n').encode()
+
+    def protocol(self):
+        """RFC 3848: SMTP, ESMTP, ESMTPS, ESMTPA, ESMTPSA."""
+        client = self.client
+        return 'SMTP' if not client.extended else (
+            'ESMTP' + 'S' * client.secure + 'A' * (client.user is not None))
+
+
+def listed(addresses):
+    """Recipients for a log line."""
+    shown = ', '.join('<%s>' % a for a in addresses[:5])
+    return shown + (' and %d more' % (len(addresses) - 5)
+                    if len(addresses) > 5 else '')
+
+
+# --- Handlers: plug-ins that look at a mail ---------------------------------
+
+class Callback:
+    """What a handler may ask for: setTo, setFrom change header and envelope
+    of mail; message follows."""
+
+    def __init__(self, message, mail):
+        self.message, self.mail = message, mail
+
+    def setTo(self, string):
+        self.mail.to = self.set_field('To', string)
+
+    def setFrom(self, string):
+        self.mail.frm = self.set_field('From', string)[0]
+
+    def set_field(self, name, string):
+        """Returns the bare addresses in string. Raises ValueError."""
+        from email.utils import formataddr, getaddresses
+        found = [pair for pair in getaddresses([str(string)]) if pair[1]]
+        if not found or re.search(r'[\x00-\x1f]', string):
+            raise ValueError('no address in %r' % string)
+        value = ', '.join(formataddr(pair) for pair in found)
+        del self.message[name]
+        self.message[name] = value
+        field = ('%s: %s\r\n' % (name, value)).encode()
+        message = smtps.DataReader.LINE_END.sub(b'\r\n', self.mail.msg)
+        end = split_header(message)
+        self.mail.msg = fields_named(name.lower()).sub(
+            b'', message[:end]) + field + message[end:]
+        return [Address(address) for _, address in found]
+
+
+class Handlers:
+    """The enabled plug-ins, in alphabetical order."""
+
+    def __init__(self, settings):
+        """Loads handlers/*.py. What can't be loaded is logged and skipped."""
+        self.enabled, self.problems = [], []
+        unknown = dict(settings.handlers)
+        for name in self.names():
+            options = unknown.pop(name, {})
+            try:
+                for handler in self.load(name):
+                    self.prepare(name, handler, options)
+            except (Exception, SystemExit) as error:
+                self.problem(name, 'cannot be loaded and is skipped: %s'
+                             % (missing_module(error) if isinstance(
+                                 error, ModuleNotFoundError) and
+                                error.name in PACKAGES else repr(error)))
+        for name in unknown:
+            self.problem(name, 'is in the ini, but there is no handlers/%s.py'
+                         % name)
+
+    def problem(self, name, text):
+        self.problems.append('handler %s %s' % (name, text))
+        log.error('%s', self.problems[-1])
+
+    @staticmethod
+    def names():
+        try:
+            files = sorted(os.listdir(os.path.join(HOME, 'handlers')))
+        except OSError:
+            return []
+        return [file[:-3] for file in files
+                if file.endswith('.py') and not file.startswith('_')]
+
+    @staticmethod
+    def load(name):
+        """Instances of the handler classes in handlers/NAME.py."""
+        import importlib.util
+        import types
+        from MailHandler import MailHandler
+        # Handlers of 1.x begin with 'import mlogging', which is gone.
+        sys.modules.setdefault('mlogging', types.ModuleType('mlogging'))
+        spec = importlib.util.spec_from_file_location(
+            'handlers.' + name, os.path.join(HOME, 'handlers', name + '.py'))
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        found = [kind() for kind in vars(module).values()
+                 if isinstance(kind, type) and issubclass(kind, MailHandler)
+                 and kind.__module__ == module.__name__]
+        if not found:
+            raise TypeError('it has no class derived from MailHandler')
+        return found
+
+    def prepare(self, name, handler, options):
+        logger = HandlerLog(name)
+        handler.setLogger(logger)
+        if hasattr(handler, 'setConfig'):
+            handler.setConfig(dict(options))
+        if handler.isEnabled():
+            self.enabled.append((name, handler, logger))
+
+    def run(self, mail):
+        """Shows mail to each; False if one discards it."""
+        for name, handler, logger in self.enabled:
+            logger.id = mail.id
+            before = mail.frm, list(mail.to), mail.msg
+            verdict = self.call(name, handler, mail)
+            if verdict is None:
+                mail.frm, mail.to, mail.msg = before
+            elif verdict is False:
+                log.info('%s: discarded by handler %s: from <%s> to %s, '
+                         'subject %s', mail.id, name, mail.frm,
+                         listed(mail.to), mail.field('subject'))
+                return False
+        return True
+
+    def call(self, name, handler, mail):
+        """What handleMessage returns; None if it failed: then the mail goes
+        on as it was before."""
+        import email
+        try:
+            message = email.message_from_bytes(mail.msg)
+            verdict = handler.handleMessage(
+                message, mail, Callback(message, mail))
+            mail.frm, mail.to = self.checked(mail)
+        except (Exception, SystemExit):
+            log.exception('%s: handler %s failed; the mail goes on as it was '
+                          'before', mail.id, name)
+            return None
+        if verdict is not True and verdict is not False:
+            log.warning('%s: handler %s returned %r, not True or False; the '
+                        'mail goes on', mail.id, name, verdict)
+            return True
+        return verdict
+
+    @staticmethod
+    def checked(mail):
+        """(frm, to) as Address, fit for an envelope. Raises ValueError."""
+        frm, to = str(mail.frm).strip('<>'), [
+            str(address).strip('<>') for address in mail.to]
+        if not to or not all(to):
+            raise ValueError('it left no recipient')
+        for address in [frm] + to:
+            try:
+                smtps.parse_path('<%s>' % address, '5.1.3')
+            except smtps.Refused as error:
+                raise ValueError('%r: %s' % (address, error))
+        return Address(frm), [Address(address) for address in to]
+
+
+# --- Courier: one account's way out -----------------------------------------
+
+CONNECT_TIME = 30           # seconds
+REPLY_TIME = 60             # seconds for a whole reply
+DOT_TIME = 600              # seconds; RFC 5321 4.5.3.2.6: no second copies
+REPLY_SIZE = 65536          # bytes of a whole reply
+
+CA_FILES = ('/etc/ssl/certs/ca-certificates.crt', '/etc/ssl/cert.pem',
+            '/opt/etc/ssl/certs/ca-certificates.crt',
+            '/etc/pki/tls/certs/ca-bundle.crt', '/etc/ssl/ca-bundle.pem')
+
+
+class Trouble(Exception):
+    """The account's server can't be used now: every mail of the account has
+    to wait. Its text is for the owner."""
+
+
+class Closing(OSError):
+    """The server said 421: it ends the connection."""
+
+
+class Report:
+    """The verdict of one attempt: what became of each recipient. sent,
+    later, never: {recipient: reply}; trouble: the account's, not the
+    mail's."""
+
+    def __init__(self, to):
+        self.open, self.trouble = list(to), False
+        self.sent, self.later, self.never = {}, {}, {}
+
+    def settle(self, recipient, code, text):
+        """Files a recipient under what the code means."""
+        verdict = self.sent if 200 <= code < 300 else (
+            self.never if 500 <= code < 600 else self.later)
+        verdict[recipient] = '%d %s' % (code, text)
+        self.open.remove(recipient)
+
+    def settle_all(self, code, text):
+        for recipient in self.open[:]:
+            self.settle(recipient, code, text)
+
+    def give_up(self, text, trouble=False):
+        """What is still open has to be tried again."""
+        self.trouble = trouble
+        for recipient in self.open:
+            self.later[recipient] = text
+        self.open = []
+
+
+@functools.lru_cache(None)
+def tls_context(cafile, verify, weak):
+    """An ssl.SSLContext; one costs a megabyte, so there is one of a kind."""
+    import ssl
+    import warnings
+    context = ssl.create_default_context(cafile=cafile or None)
+    if cafile:
+        # Private CAs often lack what Python 3.13's strict mode asks for.
+        context.verify_flags &= ~getattr(ssl, 'VERIFY_X509_STRICT', 0)
+    elif not context.cert_store_stats()['x509_ca']:
+        for name in filter(os.path.exists, CA_FILES):
+            context.load_verify_locations(name)
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if weak:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', DeprecationWarning)
+            context.minimum_version = ssl.TLSVersion.TLSv1
+        context.set_ciphers('DEFAULT:@SECLEVEL=0')
+    return context
+
+
+def explain(error, host):
+    """What an exception means to the owner (str)."""
+    ssl = sys.modules.get('ssl')    # not there: then it is no error of TLS
+    if ssl and isinstance(error, ssl.SSLCertVerificationError):
+        return 'certificate of %s: %s%s' % (
+            host, error.verify_message, certificate_advice(error))
+    if ssl and isinstance(error, ssl.SSLError):
+        return 'no TLS with %s: %s; is it the right port, and smtpsecurity ' \
+            'ssl or tls? old servers may need smtpweaktls=true' % (
+                host, error.reason or error)
+    if isinstance(error, socket.gaierror):
+        return 'the name %s is not known: %s' % (host, error.strerror)
+    if isinstance(error, socket.timeout):
+        return '%s does not answer in time' % host
+    if hasattr(error, 'smtp_code'):
+        return '%s said %d %s' % (host, error.smtp_code,
+                                  plain(error.smtp_error))
+    if isinstance(error, ImportError) or 'unknown encoding' in str(error):
+        return missing_module(error)
+    text = getattr(error, 'strerror', None) or (
+        error.args[0] if error.args else error)
+    return '%s: %s' % (host, plain(text if isinstance(text, bytes)
+                                   else str(text)))
+
+
+def certificate_advice(error):
+    """What to do about it, by OpenSSL's code."""
+    if error.verify_code in (9, 10):        # not yet valid, expired
+        return '; is the clock of this box right? it says ' + time.strftime(
+            '%Y-%m-%d %H:%M')
+    if error.verify_code in (62, 64):       # host name, IP address
+        return '; set smtphost and pophost to the name in the certificate'
+    context = tls_context('', True, False)
+    if not context.cert_store_stats()['x509_ca']:
+        return '; this box has no CA certificates at all: install ca-bundle ' \
+            '(or ca-certificates), or set tlscafile'
+    return '; if it is your own, set tlscafile to the PEM file of its CA'
+
+
+def encoded64(text):
+    return binascii.b2a_base64(text.encode(), newline=False).decode()
+
+
+def plain(reply):
+    """A server's reply (bytes or str) in one line for the log."""
+    if isinstance(reply, bytes):
+        reply = reply.decode('utf-8', 'replace')
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in reply)
+                    .split())[:400]
+
+
+class Replies:
+    """A server's lines, bounded in time and size: takes the place of the
+    socket's file in smtplib and poplib."""
+
+    def __init__(self, sock):
+        self.sock, self.buffer = sock, b''
+        self.expect(REPLY_TIME)
+
+    def expect(self, seconds):
+        """A whole reply has to be there in so many seconds."""
+        self.deadline = time.monotonic() + seconds
+        self.budget = REPLY_SIZE
+
+    def readline(self, limit=8192):
+        while b'\n' not in self.buffer and len(self.buffer) < limit:
+            left = self.deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout('timed out')
+            self.sock.settimeout(left)
+            data = self.sock.recv(4096)
+            if not data:
+                break
+            self.buffer += data
+        end = self.buffer.find(b'\n') + 1 or len(self.buffer)
+        line, self.buffer = self.buffer[:end], self.buffer[end:]
+        self.budget -= len(line)
+        if self.budget < 0:
+            raise OSError('the reply does not end')
+        return line
+
+    def close(self):
+        """The socket is closed by its owner."""
+
+
+class SmtpDialogue:
+    """Mixed into smtplib's classes: bounded replies, and the dialogue in our
+    log, without secrets."""
+
+    secret, reply_time = False, REPLY_TIME
+
+    def getreply(self):
+        if self.file is None:
+            self.file = Replies(self.sock)
+        self.file.expect(self.reply_time)
+        code, text = super().getreply()
+        if not 200 <= code < 600:
+            self.close()
+            raise OSError('the reply is not SMTP: %s' % plain(text)[:80])
+        return code, text
+
+    def _print_debug(self, *arguments):
+        if self.secret or str(arguments[-1])[:6].upper() == "'AUTH ":
+            arguments = arguments[:1] + ('***',)
+        log.info('smtp %s: %s', self._host, ' '.join(map(str, arguments)))
+
+    def ask(self, line, secret=True):
+        """Sends one line of a login; returns (code, text)."""
+        self.secret = secret
+        try:
+            return self.docmd(line)
+        finally:
+            self.secret = False
+
+
+class PopDialogue:
+    """The same for poplib's."""
+
+    def _getline(self):
+        if not isinstance(self.file, Replies):
+            self.file.close()
+            self.file = Replies(self.sock)
+        self.file.expect(REPLY_TIME)
+        return super()._getline()
+
+    def _putline(self, line):
+        if self.talkative:
+            log.info('pop %s: %s', self.host, plain(
+                b'PASS ***' if line.upper().startswith(b'PASS') else line))
+        super()._putline(line)
+
+    def _getresp(self):
+        try:
+            answer = super()._getresp()
+        except Exception:
+            self.close()            # poplib would leave it to the collector
+            raise
+        if self.talkative:
+            log.info('pop %s: %s', self.host, plain(answer))
+        return answer
+
+
+@functools.lru_cache(None)
+def dialogue(kind, secure):
+    """The class for 'smtp' or 'pop', plain or TLS; made when first needed,
+    since smtplib alone costs a small box nine megabytes."""
+    if kind == 'smtp':
+        import smtplib
+        return type('Smtp', (SmtpDialogue, smtplib.SMTP_SSL if secure
+                             else smtplib.SMTP), {})
+    import poplib
+    return type('Pop', (PopDialogue, poplib.POP3_SSL if secure
+                        else poplib.POP3), {})
+
+
+def envelope_sender(mail, account):
+    return account.returnpath and bare_address(account.returnpath) or (
+        account.forcefrom and bare_address(account.forcefrom) or mail.frm)
+
+
+def dress(mail, account):
+    """The header of mail (bytes as on the wire) as this account sends it."""
+    unwanted, new = ['bcc', 'resent-bcc', 'return-path'], ''
+    if account.returnpath:
+        new += 'Return-Path: <%s>\r\n' % bare_address(account.returnpath)
+    if account.replyto:
+        unwanted.append('reply-to')
+        new += 'Reply-To: %s\r\n' % account.replyto
+    if account.forcefrom:
+        unwanted += ['from', 'sender']
+        new += 'From: %s\r\n' % account.forcefrom
+    return new.encode() + fields_named(*unwanted).sub(b'', mail.header())
+
+
+class Courier:
+    """Delivers mails over one connection to the account's server, and makes
+    that connection with all that the account asks for. lane: keeps the time
+    of the account's last POP login."""
+
+    def __init__(self, account, lane, config, pause=time.sleep):
+        self.account, self.lane, self.config = account, lane, config
+        self.pause = pause
+        self.smtp, self.used = None, False
+        self.offered = None         # the mail whose envelope is on its way
+        self.unfinished = False     # a transaction needs RSET
+
+    # Getting there.
+
+    def connect(self):
+        """Raises Trouble."""
+        if self.smtp and not self.pop_is_due():
+            return
+        self.close()
+        if self.account.popbeforesmtp:
+            self.sign_in_by_pop()
+        what = 'connect'
+        try:
+            self.smtp = self.open_connection()
+            what = 'EHLO'
+            self.hello()
+            if self.account.smtpsecurity == 'tls':
+                what = 'STARTTLS'
+                self.start_tls()
+            what = 'login'
+            if self.account.smtpusername and self.account.smtppassword:
+                self.sign_in()
+        except Trouble:
+            self.close()
+            raise
+        except Exception as error:
+            self.close()
+            raise Trouble('%s: %s' % (what, explain(
+                error, self.account.server))) from error
+        self.used = False
+        self.pipelining = self.smtp.has_extn('pipelining')
+
+    def open_connection(self):
+        account = self.account
+        extra = {}
+        if account.smtpsecurity == 'ssl':
+            extra['context'] = self.tls()
+        # Without a name of its own smtplib looks one up, which can take long.
+        smtp = dialogue('smtp', bool(extra))(
+            account.smtphost, account.smtpport, account.localhostname
+            or socket.gethostname(), timeout=CONNECT_TIME, **extra)
+        smtp.set_debuglevel(self.config.debuglevel)
+        smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return smtp
+
+    def tls(self):
+        account = self.account
+        return tls_context(account.tlscafile, account.tlsverify,
+                           account.smtpweaktls)
+
+    def hello(self):
+        self.smtp.ehlo_or_helo_if_needed()
+
+    def start_tls(self):
+        """Never plain text where TLS was asked for. Raises Trouble."""
+        if not self.smtp.has_extn('starttls'):
+            raise Trouble('%s does not offer STARTTLS: not sent in plain '
+                          'text; smtpsecurity=ssl and port 465, perhaps?'
+                          % self.account.server)
+        self.smtp.starttls(context=self.tls())
+        self.smtp.ehlo()
+
+    def sign_in(self):
+        """One mechanism after the other until one is taken."""
+        answers = []
+        for name in self.mechanisms():
+            code, text = getattr(self, 'auth_' + name.replace('-', '_'))()
+            if code == 235:
+                return
+            answers.append('%s: %d %s' % (name, code, plain(text)))
+            if code == 421:
+                break
+            self.smtp.ehlo()
+        raise Trouble('login at %s as %s refused (%s): check smtpusername and '
+                      'smtppassword' % (self.account.server,
+                                        self.account.smtpusername,
+                                        '; '.join(answers)))
+
+    def mechanisms(self):
+        """Names, best first. Raises Trouble."""
+        if self.account.smtpauth != 'auto':
+            return [self.account.smtpauth]
+        offered = self.smtp.esmtp_features.get('auth', '').lower().split()
+        names = [n for n in ('cram-md5', 'plain', 'login') if n in offered]
+        if not names:
+            raise Trouble('%s offers no login that we know (%s)%s' % (
+                self.account.server, ' '.join(offered) or 'none at all',
+                '; smtpsecurity=tls, perhaps?'
+                if self.account.smtpsecurity == 'none' else ''))
+        return names
+
+    def auth_cram_md5(self):
+        import hmac
+        code, challenge = self.smtp.ask('AUTH CRAM-MD5')
+        if code != 334:
+            return code, challenge
+        digest = hmac.new(self.account.smtppassword.encode(),
+                          binascii.a2b_base64(challenge), 'md5').hexdigest()
+        return self.smtp.ask(encoded64(
+            self.account.smtpusername + ' ' + digest))
+
+    def auth_plain(self):
+        return self.smtp.ask('AUTH PLAIN ' + encoded64('\0%s\0%s' % (
+            self.account.smtpusername, self.account.smtppassword)))
+
+    def auth_login(self):
+        """334 by 334: smtplib of early 3.8 mixes up name and password."""
+        answer = self.smtp.ask('AUTH LOGIN')
+        for text in self.account.smtpusername, self.account.smtppassword:
+            if answer[0] == 334:
+                answer = self.smtp.ask(encoded64(text))
+        return answer
+
+    # POP before SMTP.
+
+    def pop_is_due(self):
+        return self.account.popbeforesmtp and (
+            self.lane.clock() - self.lane.pop_login
+            >= self.account.popcheckdelay)
+
+    def sign_in_by_pop(self):
+        """One login for all connections of the account. Raises Trouble."""
+        with self.lane.pop_lock:
+            if not self.pop_is_due():
+                return
+            try:
+                self.pop_login()
+            except Exception as error:
+                raise Trouble('POP login: %s' % explain(error, '%s:%d' % (
+                    self.account.pophost, self.account.popport))) from error
+            log.info('%s: POP login as %s; waiting %d seconds',
+                     self.account.pophost, self.account.popusername,
+                     self.config.waitafterpop)
+            self.lane.pop_login = self.lane.clock()
+            self.pause(self.config.waitafterpop)
+
+    def pop_login(self):
+        account = self.account
+        extra = {'context': self.tls()} if account.popssl else {}
+        kind = dialogue('pop', account.popssl)
+        kind.talkative = self.config.debuglevel > 0
+        pop = kind(account.pophost, account.popport, timeout=CONNECT_TIME,
+                   **extra)
+        try:
+            pop.user(account.popusername)
+            pop.pass_(account.poppassword)
+            pop.quit()
+        finally:
+            pop.close()
+
+    # The mail.
+
+    def deliver(self, mail, following=lambda: None):
+        """Sends mail; returns its Report. following() is asked for the next
+        Mail, whose envelope then goes along behind this mail's final dot
+        (RFC 2920): upcoming is that mail and must be delivered next."""
+        report, self.upcoming = Report(mail.to), None
+        try:
+            if self.offered is not mail:
+                self.connect()
+            if self.transfer_envelope_somehow(mail, report):
+                self.transfer_content(mail, report, following)
+            self.used = True
+        except Trouble as trouble:
+            self.close()
+            report.give_up(str(trouble), trouble=True)
+        except Exception as error:
+            self.close()
+            if not isinstance(error, OSError):
+                log.exception('%s: an error of ours', mail.id)
+            report.give_up(explain(error, self.account.server))
+        return report
+
+    def transfer_envelope_somehow(self, mail, report):
+        """On the connection we have or, if the server has closed that
+        meanwhile, on a new one. Raises Trouble, OSError."""
+        try:
+            return self.transfer_envelope(mail, report)
+        except OSError as error:
+            if not self.used or len(report.open) < len(mail.to):
+                if isinstance(error, Closing):
+                    raise Trouble(str(error))
+                raise
+        self.close()
+        self.connect()
+        try:
+            return self.transfer_envelope(mail, report)
+        except Closing as error:
+            raise Trouble(str(error))
+
+    def transfer_envelope(self, mail, report):
+        """MAIL, RCPT, DATA; True if the server wants the content."""
+        if self.needs_utf8(mail) and not self.smtp.has_extn('smtputf8'):
+            report.settle_all(550, '5.6.7 needs SMTPUTF8, which %s does not '
+                              'offer' % self.account.server)
+            return False
+        commands, clean = self.commands(mail), not self.unfinished
+        if self.pipelining:
+            if self.offered is not mail:
+                self.send(b''.join(commands))
+            self.offered = None
+            replies = [self.reply() for _ in commands]
+        else:
+            replies = self.one_by_one(commands)
+        replies = replies if clean else replies[1:]
+        self.unfinished = True
+        return self.judge_envelope(mail, report, replies)
+
+    def one_by_one(self, commands):
+        """Replies to commands, for servers without PIPELINING; what makes no
+        sense after a refusal is not asked for."""
+        replies, refused, accepted = [], False, False
+        for command in commands:
+            verb = command[:4]
+            if verb == b'RCPT' and refused or (
+                    verb == b'DATA' and not accepted):
+                replies.append((503, 'not asked'))
+                continue
+            self.send(command)
+            replies.append(self.reply())
+            fine = replies[-1][0] < 300
+            refused = refused or verb == b'MAIL' and not fine
+            accepted = accepted or verb == b'RCPT' and fine
+        return replies
+
+    def judge_envelope(self, mail, report, replies):
+        (code, text), *recipients, data = replies
+        if code >= 300:
+            report.settle_all(code, text)
+        for recipient, reply in zip(mail.to, recipients if code < 300 else ()):
+            if reply[0] >= 300:
+                report.settle(recipient, *reply)
+        if data[0] == 354:
+            if not report.open:         # RFC 2920 3.1: it may want nothing
+                self.send(b'.\r\n')
+                self.reply()
+            self.unfinished = False
+        elif data[0] < 400:
+            raise OSError('DATA was answered %d %s' % data)
+        else:
+            report.settle_all(*data)
+        return bool(report.open)
+
+    def transfer_content(self, mail, report, following):
+        """Header, body and final dot, then perhaps the next envelope."""
+        if self.pipelining:
+            self.upcoming = following()
+        behind = b''
+        if self.upcoming and (self.smtp.has_extn('smtputf8')
+                              or not self.needs_utf8(self.upcoming)):
+            behind = b''.join(self.commands(self.upcoming))
+        try:
+            self.send_file(mail, dress(mail, self.account), behind)
+        except ConnectionError as error:
+            self.hear_why(report, error)
+            return
+        self.offered = self.upcoming if behind else None
+        reply = self.reply(DOT_TIME)
+        if 300 <= reply[0] < 400:
+            raise OSError('the final dot was answered %d %s' % reply)
+        report.settle_all(*reply)
+        if reply[0] == 421:
+            self.close()
+
+    def send_file(self, mail, header, behind):
+        body, dot = mail.body(), mail.dot()
+        if dot <= len(mail.data):
+            self.send(header + mail.data[body:dot] + behind)
+            return
+        self.send(header)
+        with open(mail.path, 'rb') as file:
+            self.smtp.sock.sendfile(file, body, dot - body)
+        self.send(behind)
+
+    def hear_why(self, report, error):
+        """A server that refuses in the middle of a mail says so first."""
+        try:
+            code, text = self.reply(CONNECT_TIME)
+        except OSError:
+            raise error
+        if code < 400:
+            raise error
+        report.settle_all(code, text)
+        self.close()
+
+    def send(self, data):
+        self.smtp.sock.settimeout(REPLY_TIME)
+        self.smtp.sock.sendall(data)
+
+    def reply(self, seconds=REPLY_TIME):
+        """(code, text in one line). Raises OSError; Closing on a 421."""
+        self.smtp.reply_time = seconds
+        code, text = self.smtp.getreply()
+        if code == 421 and seconds == REPLY_TIME:
+            raise Closing('%s said 421 %s' % (self.account.server, plain(text)))
+        return code, plain(text)
+
+    def needs_utf8(self, mail):
+        """RFC 6531: something that only an SMTPUTF8 server understands."""
+        addresses = ''.join([envelope_sender(mail, self.account)] + mail.to)
+        return not addresses.isascii() or (
+            'SMTPUTF8' in mail.parameters and not mail.header().isascii())
+
+    def commands(self, mail):
+        """The envelope as command lines (bytes)."""
+        options = ''
+        if 'BODY' in mail.parameters and self.smtp.has_extn('8bitmime'):
+            options += ' BODY=' + mail.parameters['BODY'].upper()
+        if self.needs_utf8(mail):
+            options += ' SMTPUTF8'
+        lines = ['RSET'] if self.unfinished else []
+        lines.append('MAIL FROM:<%s>%s' % (
+            envelope_sender(mail, self.account), options))
+        lines += ['RCPT TO:<%s>' % address for address in mail.to]
+        return [line.encode() + b'\r\n' for line in lines + ['DATA']]
+
+    def close(self, politely=False):
+        smtp, self.smtp, self.offered = self.smtp, None, None
+        self.unfinished = False
+        if smtp is None:
+            return
+        try:
+            if politely:
+                smtp.reply_time = 5
+                smtp.quit()
+        except OSError:
+            pass
+        smtp.close()
+
+
+# --- Relay: when each mail is tried, and what a failure means ----------------
+
+LINGER = 2.0                # seconds a connection is kept for a next mail
+LONGEST_WAIT = 3600         # seconds between two tries
+BACKLOG = 8                 # mails that wait per connection before one more
+
+
+class Lane:
+    """The mails that may go to one account now, and the threads that take
+    them there. Relay alone touches failures, held_until, problem."""
+
+    def __init__(self, account, clock):
+        self.account, self.clock = account, clock
+        self.pop_login = -LONGEST_WAIT * 24.0
+        self.pop_lock = threading.Lock()    # one POP login at a time
+        self.changed = threading.Condition()    # guards the next four
+        self.ready = collections.deque()        # ids
+        self.workers = 0
+        self.limit = account.smtpconnections
+        self.closed = False
+        self.failures, self.held_until, self.problem = 0, 0.0, ''
+
+    def put(self, id, first=False):
+        with self.changed:
+            (self.ready.appendleft if first else self.ready.append)(id)
+            self.changed.notify()
+
+    def take(self, patience):
+        """The next id, None if there is none within patience seconds: then,
+        unless patience is 0, the worker that asked is let go."""
+        with self.changed:
+            if patience and not self.ready and not self.closed:
+                self.changed.wait(patience)
+            if self.ready and not self.closed:
+                return self.ready.popleft()
+            self.workers -= patience > 0
+            if not self.workers:
+                self.limit = self.account.smtpconnections
+            return None
+
+    def leave(self):
+        """A worker can't go on; True if it was the last."""
+        with self.changed:
+            self.workers -= 1
+            self.limit = max(1, self.workers)
+            return not self.workers
+
+    def wants_worker(self):
+        """Counts one more in, if the mails that wait are worth it."""
+        with self.changed:
+            if self.closed or self.workers >= self.limit or (
+                    len(self.ready) <= self.workers * BACKLOG):
+                return False
+            self.workers += 1
+            return True
+
+    def empty(self):
+        """Takes all ids out."""
+        with self.changed:
+            ids, self.ready = self.ready, collections.deque()
+            return ids
+
+    def close(self):
+        """Its workers end after the mail at hand."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+
+
+class Relay:
+    """One thread that decides for every mail what happens next, and lanes
+    that deliver. What others want of it they put into its inbox, so what it
+    knows is touched by its own thread only and needs no lock."""
+
+    def __init__(self, spool, settings, handlers, clock=time.monotonic):
+        self.spool, self.settings, self.handlers = spool, settings, handlers
+        self.clock = clock
+        self.inbox = queue.SimpleQueue()
+        self.unrouted = collections.deque()     # ids found on disk
+        self.asked = set()          # ids to be tried even if they are parked
+        self.later = []             # heap of (when, id)
+        self.lanes = {}             # Account -> Lane
+        self.in_flight = set()      # ids that lanes work on
+        self.last_look = clock()
+        self.stopping = threading.Event()
+        self.thread = threading.Thread(target=self.run, name='relay',
+                                       daemon=True)
+
+    # For other threads.
+
+    def announce(self, id, sender):
+        """A mail is safe on disk."""
+        self.inbox.put(functools.partial(self.route, id, sender))
+
+    def reload(self, settings, handlers):
+        """New settings; all that waits is tried at once."""
+        self.inbox.put(functools.partial(self.begin, settings, handlers))
+
+    def start(self, found):
+        self.unrouted.extend(found)
+        self.thread.start()
+
+    def stop(self, grace):
+        """Deliveries under way end within grace seconds, or are cut off: at
+        worst that is a second copy."""
+        end = time.monotonic() + grace
+        self.stopping.set()
+        self.inbox.put(lambda: None)
+        self.thread.join(grace)
+        for lane in list(self.lanes.values()):
+            lane.close()
+        while self.in_flight and time.monotonic() < end:
+            time.sleep(0.02)
+        if self.in_flight:
+            log.warning('stopped during a delivery: %s; it will be tried '
+                        'again', ', '.join(sorted(self.in_flight)))
+
+    # The loop.
+
+    def run(self):
+        while not self.stopping.is_set():
+            try:
+                if self.clock() >= self.next_look():
+                    self.look_round()
+                event = self.next_event()
+                if event:
+                    event()
+            except Exception:
+                log.exception('relay: an error; it goes on with the next mail')
+
+    def next_look(self):
+        """When something may be due."""
+        looks = [self.last_look + self.settings.config.sleeptime]
+        looks += [lane.held_until for lane in self.lanes.values()
+                  if lane.held_until]
+        looks += [when for when, _ in self.later[:1]]
+        return min(looks)
+
+    def next_event(self):
+        """What to do next (callable), None if it is time to look round."""
+        try:
+            if not self.unrouted:
+                return self.inbox.get(timeout=max(
+                    0.0, self.next_look() - self.clock()))
+            return self.inbox.get_nowait()
+        except queue.Empty:
+            if self.unrouted:
+                return functools.partial(self.route, self.unrouted.popleft())
+        return None
+
+    def look_round(self):
+        """What is due, asked for or left over."""
+        now = self.last_look = self.clock()
+        self.spool.bury()
+        for path, id, what in self.spool.asked():
+            self.fulfil(path, id, what)
+        while self.later and self.later[0][0] <= now:
+            self.route(heapq.heappop(self.later)[1])
+        for lane in self.lanes.values():
+            if lane.held_until and lane.held_until <= now:
+                lane.held_until = 0.0
+                self.staff(lane)
+
+    def begin(self, settings, handlers):
+        """All over: everything on disk, parked or not."""
+        self.settings, self.handlers = settings, handlers
+        for account, lane in list(self.lanes.items()):
+            lane.empty()
+            lane.failures, lane.held_until = 0, 0.0
+            if account not in settings.accounts.values():
+                self.lanes.pop(account).close()
+        self.later.clear()
+        self.unrouted.clear()
+        found = self.spool.scan()
+        self.asked.update(found)
+        self.unrouted.extend(found)
+
+    # From the spool to a lane.
+
+    def route(self, id, sender=None):
+        """Puts a mail into its account's lane. sender: known already, so
+        that a fresh mail need not be read for it."""
+        if id in self.in_flight:
+            return
+        if sender is None or self.handlers.enabled:
+            mail = self.load(id)
+            if mail is None or mail.parked and id not in self.asked:
+                return
+            if not mail.handled and not self.handle(mail):
+                return
+            sender = mail.frm
+        account = self.settings.account_for(sender)
+        if account is None:
+            self.settle_homeless(id)
+            return
+        lane = self.lanes.get(account)
+        if lane is None:
+            lane = self.lanes[account] = Lane(account, self.clock)
+        lane.put(id)
+        if lane.held_until:
+            log.info('%s: waits with %d more for %s: %s', id,
+                     len(lane.ready) - 1, account.server, lane.problem)
+        self.staff(lane)
+
+    def load(self, id):
+        """The Mail, None if it can't be had; that is then dealt with."""
+        try:
+            mail = self.spool.load(id)
+            if mail is None and id not in self.spool.delivered:
+                log.warning('%s: its file is gone, somebody removed it', id)
+            return mail
+        except Unfinished as error:
+            if id < self.spool.first_own:
+                log.info('%s: %s, so it was never promised; removed', id,
+                         error)
+                os.unlink(self.spool.path(id, 'mail'))
+            else:
+                self.spool.set_aside(id + '.mail', error)
+        except Unreadable as error:
+            self.spool.set_aside(id + '.mail', error)
+        except OSError as error:
+            log.error('%s: cannot be read: %s; it is tried again later', id,
+                      error)
+            self.put_off(id, self.back_off(1))
+        return None
+
+    def handle(self, mail):
+        """Runs the handlers, once a mail; False if it does not go on."""
+        if not self.handlers.enabled:
+            return True
+        before = mail.frm, list(mail.to), mail.msg
+        if not self.handlers.run(mail):
+            self.spool.remove(mail)
+            return False
+        mail.handled = True
+        if before == (mail.frm, mail.to, mail.msg):
+            self.spool.save(mail)
+            return True
+        try:
+            self.spool.replace(mail)
+            log.info('%s: changed by handlers, now from <%s> to %s', mail.id,
+                     mail.frm, listed(mail.to))
+            return True
+        except OSError as error:
+            log.error('%s: what handlers made of it cannot be stored: %s; '
+                      'tried again later', mail.id, error)
+            self.put_off(mail.id, self.back_off(1))
+            return False
+
+    def staff(self, lane):
+        """Gives a lane the threads that it needs."""
+        while not lane.held_until and not self.stopping.is_set() and (
+                lane.wants_worker()):
+            try:
+                threading.Thread(target=self.work, args=(lane,), daemon=True,
+                                 name='relay-' + lane.account.server).start()
+            except RuntimeError as error:
+                log.error('no thread for %s: %s; tried again later',
+                          lane.account.server, error)
+                lane.leave()
+                lane.held_until = self.clock() + self.back_off(1)
+                lane.problem = 'no thread'
+
+    # In a lane's thread.
+
+    def work(self, lane):
+        """Delivers what waits in a lane over one connection."""
+        courier = Courier(lane.account, lane, self.settings.config,
+                          self.stopping.wait)
+        mail = self.next_mail(lane, LINGER)
+        while mail:
+            report = courier.deliver(
+                mail, functools.partial(self.next_mail, lane, 0))
+            if report.trouble:
+                self.report_trouble(lane, mail, report)
+                break
+            lane.failures = 0
+            self.settle(mail, report)
+            mail = courier.upcoming or self.next_mail(lane, LINGER)
+        courier.close(politely=True)
+
+    def next_mail(self, lane, patience):
+        """The next Mail of a lane, or None."""
+        while not self.stopping.is_set():
+            id = lane.take(patience)
+            if id is None:
+                return None
+            self.in_flight.add(id)
+            mail = self.load(id)
+            if mail:
+                return mail
+            self.in_flight.discard(id)
+        return None
+
+    def report_trouble(self, lane, mail, report):
+        """The account's server can't be used: if it is used by another of
+        its connections, this one was one too many."""
+        if lane.leave():
+            self.inbox.put(functools.partial(self.hold, lane, mail, report))
+            return
+        log.info('%s: %d connections to %s are all it takes now: %s', mail.id,
+                 lane.workers, lane.account.server, *report.later.values())
+        self.in_flight.discard(mail.id)
+        self.inbox.put(functools.partial(self.route, mail.id, mail.frm))
+
+    # What a failure means: the only place that knows.
+
+    def settle(self, mail, report):
+        """Acts on the verdict of one attempt."""
+        account = self.settings.account_for(mail.frm)
+        for reply, recipients in grouped(report.sent):
+            log.info('%s: sent to %s by %s: %s', mail.id, listed(recipients),
+                     account.server, reply)
+        mail.to = [Address(a) for a in report.later]
+        mail.refused.update(report.never)
+        if report.later or mail.refused:
+            self.settle_failure(mail, report)
+        else:
+            self.spool.remove(mail)
+        self.in_flight.discard(mail.id)
+
+    def settle_failure(self, mail, report):
+        failed = dict(mail.refused, **report.later)
+        why = '; '.join('%s for %s' % (reply, listed(recipients))
+                        for reply, recipients in grouped(failed))
+        mail.tries += 1
+        mail.problem, mail.handled = why, True
+        mail.account_trouble = report.trouble
+        if self.settings.config.deleteonerror:
+            log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
+                      '%s', mail.id, why, self.describe(mail, failed))
+            self.spool.remove(mail)
+        elif not mail.to:
+            self.park(mail, 'refused for good')
+        elif self.is_expired(mail.id):
+            self.park(mail, 'not delivered in %d days'
+                      % self.settings.config.retrydays)
+        else:
+            wait = self.back_off(mail.tries)
+            mail.due = time.time() + wait
+            self.spool.save(mail)
+            log.warning('%s: not delivered: %s; try %d, the next one in %d '
+                        'seconds', mail.id, why, mail.tries, wait)
+            self.put_off(mail.id, wait)
+
+    def hold(self, lane, mail, report):
+        """No mail of the account can go: one of them is tried now and then,
+        all others wait for that without a try of their own."""
+        if self.settings.config.deleteonerror or lane.closed:
+            self.settle(mail, report)
+            self.staff(lane)
+            return
+        lane.failures = max(lane.failures, mail.tries) + 1
+        wait = self.back_off(lane.failures)
+        lane.held_until = self.clock() + wait
+        lane.problem = mail.problem = next(iter(report.later.values()))
+        mail.tries, mail.due = lane.failures, time.time() + wait
+        mail.account_trouble = mail.handled = True
+        self.park_expired(lane)
+        if self.is_expired(mail.id):
+            self.park(mail, 'not delivered in %d days'
+                      % self.settings.config.retrydays)
+        else:
+            self.spool.save(mail)
+            log.warning('%s: not delivered: %s; try %d, the next one in %d '
+                        'seconds, %d more mails wait for it', mail.id,
+                        mail.problem, mail.tries, wait, len(lane.ready))
+            lane.put(mail.id, first=True)
+        self.in_flight.discard(mail.id)
+
+    def park_expired(self, lane):
+        for id in lane.empty():
+            mail = self.load(id) if self.is_expired(id) else None
+            if mail:
+                mail.problem = lane.problem
+                self.park(mail, 'not delivered in %d days'
+                          % self.settings.config.retrydays)
+            else:
+                lane.put(id)
+
+    def park(self, mail, what):
+        """Keeps a mail until the owner asks for another try."""
+        mail.to += [Address(a) for a in mail.refused]
+        mail.refused, mail.parked, mail.due = {}, True, 0.0
+        self.spool.save(mail)
+        log.error('%s: %s, kept in msgs/ but not tried again by itself: %s; '
+                  '%s; --retry %s sends it again, --delete %s removes it',
+                  mail.id, what, mail.problem, self.describe(mail, mail.to),
+                  mail.id, mail.id)
+
+    def settle_homeless(self, id):
+        """No account: permanent."""
+        mail = self.load(id)
+        if mail:
+            report = Report(mail.to)
+            report.settle_all(550, 'no account for sender <%s>, add a section '
+                              'for it or [default]' % mail.frm)
+            self.settle(mail, report)
+
+    @staticmethod
+    def describe(mail, recipients):
+        return 'from <%s> to %s, subject %s' % (
+            mail.frm, listed(list(recipients)), mail.field('subject') or '-')
+
+    def is_expired(self, id):
+        return self.spool.age(id) >= self.settings.config.retrydays * 86400
+
+    def back_off(self, tries):
+        """Seconds until the next try: sleeptime, doubled up to an hour, and
+        a little more, so that not all come back at the same moment."""
+        first = max(1, self.settings.config.sleeptime)
+        longest = max(first, LONGEST_WAIT)
+        return min(first * 2 ** min(tries - 1, 20) * (
+            1 + os.urandom(1)[0] / 2560), longest)
+
+    def put_off(self, id, seconds):
+        """Any thread may call this."""
+        self.inbox.put(functools.partial(
+            heapq.heappush, self.later, (self.clock() + seconds, id)))
+
+    # What the queue commands ask for.
+
+    def fulfil(self, path, id, what):
+        if id in self.in_flight:
+            return                          # the next time we look
+        if id == 'all' and what == 'retry':
+            self.begin(self.settings, self.handlers)
+        elif Spool.ID.fullmatch(id):
+            self.withdraw(id)
+            if what == 'retry':
+                self.retry(id)
+            else:
+                self.discard(id)
+        os.unlink(path)
+
+    def retry(self, id):
+        for lane in self.lanes.values():
+            lane.held_until = 0.0
+        self.asked.add(id)
+        self.unrouted.appendleft(id)
+
+    def discard(self, id):
+        mail = self.load(id)
+        if mail:
+            log.info('%s: deleted as asked for; %s', id,
+                     self.describe(mail, mail.to))
+            self.spool.remove(mail)
+
+    def withdraw(self, id):
+        """Takes an id out of wherever it waits."""
+        for lane in self.lanes.values():
+            for other in lane.empty():
+                if other != id:
+                    lane.put(other)
+        self.later = [entry for entry in self.later if entry[1] != id]
+        heapq.heapify(self.later)
+        if id in self.unrouted:
+            self.unrouted.remove(id)
+
+
+def grouped(verdicts):
+    """[(reply, [recipients])] of {recipient: reply}."""
+    groups = {}
+    for recipient, reply in verdicts.items():
+        groups.setdefault(reply, []).append(recipient)
+    return list(groups.items())
+
+
+# --- Proxy: builds all of it and wires it together --------------------------
+
+class StartError(Exception):
+    """Why the service can't start, for the owner."""
+
+
+GRACE = 8.0                 # seconds for what is under way at a stop
+
+
+class Proxy:
+    """The only class that knows all others."""
+
+    def __init__(self, settings):
+        self.settings = settings
+        self.spool = Spool(settings.config.msgdir)
+        self.server = smtps.Server(self.make_session, hostname=(
+            smtps.printable(socket.gethostname())))
+
+    def start(self):
+        """Raises StartError; then nothing was touched."""
+        config = self.settings.config
+        self.server.limits = self.limits(self.settings)
+        self.listen(config.host, config.port)
+        if config.tlsport:
+            self.listen(config.host, config.tlsport, tls=True)
+        self.hand_over_files()
+        self.drop_rights()
+        open_log(self.settings)
+        found = self.open_spool()
+        for warning in self.settings.warnings:
+            log.warning('%s', warning)
+        self.handlers = Handlers(self.settings)
+        self.relay = Relay(self.spool, self.settings, self.handlers)
+        log.info('smtpproxy %s listens on port %s, %d accounts, %d mails in '
+                 '%s', VERSION, ', '.join(str(sock.getsockname()[1])
+                                          for sock in self.server.listeners),
+                 len(self.settings.accounts), len(found), config.msgdir)
+        self.relay.start(found)
+        self.server.start()
+
+    def make_session(self, client):
+        return Intake(client, self.spool, self.settings, self.relay.announce,
+                      bool(self.handlers.enabled))
+
+    def listen(self, host, port, tls=False):
+        try:
+            self.server.listen(host, port, tls)
+        except PermissionError:
+            raise StartError('port %d may not be used by this user: start as '
+                             'root (and set user= in [config]), or set port= '
+                             'to one above 1023' % port)
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise StartError('port %d is taken by another program: is '
+                                 'smtpproxy running already, or a mail '
+                                 'server? stop it or set another port=' % port)
+            raise StartError('cannot listen on %s port %d: %s; is host= an '
+                             'address of this box?' % (host, port,
+                                                       error.strerror))
+
+    @staticmethod
+    def limits(settings):
+        """smtps.Limits of the ini. Raises StartError."""
+        config, tls = settings.config, None
+        if config.tlscert:
+            tls = listener_tls(config)
+        return smtps.Limits(
+            config.maxsize, config.maxconnections, config.timeout,
+            Networks(config.allow).__contains__, tls)
+
+    def hand_over_files(self):
+        """What root made belongs to the user that we become."""
+        uid, gid, _ = identity(self.settings.config)
+        if os.getuid() != 0 or uid is None and gid is None:
+            return
+        folder, file = self.settings.config.msgdir, self.settings.logging.file
+        try:
+            os.makedirs(folder, 0o700, exist_ok=True)
+            if not os.path.exists(file):
+                os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
+            for path in [folder, file] + glob_below(folder, file):
+                os.chown(path, -1 if uid is None else uid,
+                         -1 if gid is None else gid, follow_symlinks=False)
+        except OSError as error:
+            raise StartError('%s cannot be given to user %s: %s' % (
+                error.filename, self.settings.config.user, error.strerror))
+
+    def drop_rights(self):
+        uid, gid, name = identity(self.settings.config)
+        try:
+            if gid is not None and os.getuid() == 0:
+                os.initgroups(name or 'nobody', gid)
+                os.setgid(gid)
+            if uid is not None and os.getuid() != uid:
+                os.setuid(uid)
+        except PermissionError:
+            raise StartError('user= and group= in [config] need a start as '
+                             'root')
+
+    def open_spool(self):
+        folder = self.settings.config.msgdir
+        try:
+            self.spool.open()
+            found = self.spool.start()
+            self.spool.sweep(found)
+            return found
+        except Busy:
+            raise StartError('another smtpproxy works on %s: stop that one '
+                             'first, or set another msgdir=' % folder)
+        except OSError as error:
+            raise StartError('%s cannot be used: %s; it must be a folder that '
+                             'user %s may write to' % (
+                                 folder, error.strerror, os.getuid()))
+
+    def reload(self):
+        """Reads the ini anew; a bad one changes nothing."""
+        try:
+            new = load(self.settings.file)
+            limits = self.limits(new)
+        except (ConfigError, StartError, OSError) as error:
+            for line in str(error).splitlines():
+                log.error('not reloaded: %s', line)
+            return
+        for key in ('port', 'tlsport', 'host', 'msgdir', 'user', 'group'):
+            if getattr(new.config, key) != getattr(self.settings.config, key):
+                log.warning('[config] %s has changed: that needs a restart',
+                            key)
+        tls_context.cache_clear()
+        open_log(new)
+        self.settings, self.handlers = new, Handlers(new)
+        self.server.limits = limits
+        self.relay.reload(new, self.handlers)
+        for warning in new.warnings:
+            log.warning('%s', warning)
+        log.info('reloaded %s: %d accounts, waiting mail is tried now',
+                 new.file, len(new.accounts))
+
+    def stop(self):
+        """Within ten seconds."""
+        end = time.monotonic() + GRACE
+        self.server.stop(GRACE / 2)
+        if hasattr(self, 'relay'):
+            self.relay.stop(end - time.monotonic())
+        self.spool.close()
+        log.info('stopped')
+
+
+def glob_below(folder, file):
+    """The paths in folder, and older parts of the log."""
+    import glob
+    return [os.path.join(folder, name) for name in os.listdir(folder)] + (
+        glob.glob(glob.escape(file) + '.*'))
+
+
+def listener_tls(config):
+    """The ssl.SSLContext for clients. Raises StartError."""
+    try:
+        import ssl
+        import warnings
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        if config.tlsweak:
+            with warnings.catch_warnings():
+                warnings.simplefilter('ignore', DeprecationWarning)
+                context.minimum_version = ssl.TLSVersion.TLSv1
+            context.set_ciphers('DEFAULT:@SECLEVEL=0')
+        context.load_cert_chain(config.tlscert, config.tlskey, password='')
+        return context
+    except ImportError as error:
+        raise StartError(missing_module(error))
+    except (OSError, ValueError) as error:
+        raise StartError('[config] tlscert %s and tlskey %s cannot be used: '
+                         '%s' % (config.tlscert, config.tlskey, error))
+
+
+# --- Commands: what the owner asks on the command line ----------------------
+
+def check(settings, options):
+    """--check: would it start?"""
+    print('%s: [config] port=%d, msgs in %s, log in %s' % (
+        settings.file, settings.config.port, settings.config.msgdir,
+        settings.logging.file))
+    for name, account in settings.accounts.items():
+        print('[%s]' % name)
+        for key, value in account._asdict().items():
+            if value != Account._field_defaults[key]:
+                print('    %s = %s' % (key, masked(key, value)))
+    problems = []
+    try:
+        Proxy.limits(settings)
+    except StartError as error:
+        problems.append(str(error))
+    handlers = Handlers(settings)
+    for name, _, _ in handlers.enabled:
+        print('handler %s is enabled' % name)
+    for line in settings.warnings + handlers.problems:
+        print('warning: ' + line)
+    for line in problems:
+        say(line)
+    print('this would start' if not problems else 'this would not start')
+    return 1 if problems else 0
+
+
+def mails(spool):
+    """The mails that wait, oldest first."""
+    for id in spool.scan():
+        try:
+            mail = spool.load(id)
+        except (Unfinished, Unreadable, OSError):
+            continue                # being received, or the service's to judge
+        if mail:
+            yield mail
+
+
+def show_queue(settings, options):
+    """--queue: what waits in msgs/."""
+    rows = [{'id': mail.id, 'size': mail.dot() - 3 - mail.start,
+             'age': max(0, int(time.time() - os.path.getmtime(mail.path))),
+             'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
+             'tries': mail.tries, 'parked': mail.parked,
+             'next': mail.due and not mail.parked and time.strftime(
+                 '%Y-%m-%d %H:%M:%S', time.localtime(mail.due)) or None,
+             'error': mail.problem} for mail in mails(command_spool(settings))]
+    if options.json:
+        import json
+        print(json.dumps(rows, indent=1))
+        return 0
+    line = '%-14s %9s %10s %5s  %-19s  %s'
+    print(line % ('id', 'age', 'size', 'tries', 'next try',
+                  'sender -> recipients: last error'))
+    for row in rows:
+        print(line % (row['id'], age_of(row['age']), row['size'],
+                      row['tries'], 'parked' if row['parked']
+                      else row['next'] or 'soon',
+                      '<%s> -> %s%s' % (row['sender'], listed(
+                          row['recipients']), row['error'] and (
+                              ': ' + row['error']))))
+    print('%d mails' % len(rows))
+    return 0
+
+
+def age_of(seconds):
+    days, seconds = divmod(seconds, 86400)
+    return ('%dd ' % days if days else '') + '%02d:%02d:%02d' % (
+        seconds // 3600, seconds % 3600 // 60, seconds % 60)
+
+
+def command_spool(settings):
+    """The Spool, as the user who owns it: what root makes there the service
+    could not read."""
+    folder = settings.config.msgdir
+    if os.path.isdir(folder) and os.getuid() == 0:
+        owner = os.stat(folder)
+        os.setgid(owner.st_gid)
+        os.setuid(owner.st_uid)
+    return Spool(folder)
+
+
+def ask(settings, options):
+    """--retry ID|all and --delete ID: by the service if it runs, else here."""
+    what = 'retry' if options.retry else 'delete'
+    id, spool = options.retry or options.delete, command_spool(settings)
+    if not os.path.isdir(spool.folder) or id not in spool.scan() and not (
+            id == what == 'retry' or (id, what) == ('all', 'retry')):
+        say('there is no mail %s in %s; see --queue' % (id, spool.folder))
+        return 1
+    try:
+        spool.open(patience=0)
+    except Busy:
+        return ask_service(spool, id, what, settings.config.sleeptime)
+    for mail in list(mails(spool)):
+        if mail.id == id and what == 'delete':
+            spool.remove(mail)
+        elif id in (mail.id, 'all') and mail.parked:
+            mail.parked = False
+            spool.save(mail)
+    spool.close()
+    print('deleted' if what == 'delete' else
+          'the service does not run; it tries it when it starts')
+    return 0
+
+
+def ask_service(spool, id, what, sleeptime):
+    """Waits until the service has done it."""
+    path = spool.ask(id, what)
+    end = time.monotonic() + sleeptime + 5
+    while os.path.exists(path):
+        if time.monotonic() > end:
+            print('the service is asked; it is busy with that mail')
+            return 0
+        time.sleep(0.05)
+    print('deleted' if what == 'delete' else 'the service tries it now')
+    return 0
+
+
+def show(settings, options):
+    """--show ID: the mail as it would be sent."""
+    for mail in mails(command_spool(settings)):
+        if mail.id == options.show:
+            account = settings.account_for(mail.frm) or Account()
+            header = unstuffed(dress(mail, account))
+            sys.stdout.buffer.write(header + mail.msg[split_header(
+                mail.msg):])
+            sys.stdout.flush()
+            return 0
+    say('there is no mail %s; see --queue' % options.show)
+    return 1
+
+
+def handler_test(settings, options):
+    """--handler-test FILE: what the enabled handlers make of a mail."""
+    import difflib
+    with open(options.handler_test, 'rb') as file:
+        message = smtps.DataReader.LINE_END.sub(b'\r\n', file.read())
+    logging.basicConfig(level=logging.INFO, stream=sys.stdout,
+                        format='%(levelname)s %(message)s')
+    handlers = Handlers(settings)
+    mail = TestMail(message)
+    before = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
+              + message.decode('utf-8', 'replace')).splitlines()
+    keep = handlers.run(mail)
+    after = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
+             + mail.msg.decode('utf-8', 'replace')).splitlines()
+    print('enabled: ' + (', '.join(name for name, _, _ in handlers.enabled)
+                         or 'none'))
+    for line in difflib.unified_diff(before, after, 'before', 'after', '', '',
+                                     1, ''):
+        print(line)
+    print('the mail would %s; nothing was sent' % (
+        'go on' if keep else 'be discarded'))
+    return 0
+
+
+class TestMail(Mail):
+    """A mail from a file, for handlers to look at."""
+
+    def __init__(self, message):
+        from email import message_from_bytes
+        from email.utils import getaddresses
+        headers = message_from_bytes(message)
+        self.id, self.data, self.start = 'test', stuffed(message), 0
+        self.size = len(self.data) + TAIL_SIZE
+        self._msg = message
+        addresses = [[Address(a) for _, a in getaddresses(
+            headers.get_all(name, [])) if a] for name in ('from', 'to')]
+        self.frm, self.to = (addresses[0] or [Address('')])[0], (
+            addresses[1] or [Address('nobody@localhost')])
+
+
+def demo(options):
+    """--demo: the whole trip on loopback. Returns 0 if the mail arrived."""
+    import tempfile
+    from email.message import EmailMessage
+    import smtplib
+    with tempfile.TemporaryDirectory() as folder:
+        pop = DemoPop()
+        provider = smtps.Server(functools.partial(DemoProvider, pop))
+        provider.listen('127.0.0.1', 0)
+        provider.start()
+        path = os.path.join(folder, 'smtpproxy.ini')
+        with open(path, 'w') as file:
+            file.write(DEMO_INI % (
+                folder, provider.listeners[0].getsockname()[1], pop.port))
+        proxy = Proxy(load(path))
+        proxy.start()
+        console = logging.StreamHandler(sys.stdout)
+        console.setFormatter(logging.Formatter('  log: %(message)s'))
+        logging.getLogger().handlers[:] = [console]
+        port = proxy.server.listeners[0].getsockname()[1]
+        print('A mail from an old printer is handed to port %d, as plain SMTP'
+              % port, flush=True)
+        mail = EmailMessage()
+        mail['From'], mail['To'] = 'printer@home.lan', 'you@example.org'
+        mail['Subject'] = 'It works'
+        mail.set_content('A mail on its whole trip through smtpproxy.\n')
+        with smtplib.SMTP('127.0.0.1', port, 'printer') as client:
+            client.send_message(mail)
+        arrived = pop.mails.get(timeout=20)
+        proxy.stop()
+        provider.stop()
+        pop.close()
+    print('\nThe provider took it after the POP login; what arrived:\n')
+    for line in unstuffed(arrived).decode().splitlines():
+        print('  | ' + line)
+    return 0
+
+
+DEMO_INI = """
+[config]
+host=127.0.0.1
+port=0
+waitafterpop=2
+deleteonerror=false
+msgdir=%s/msgs
+[printer@home.lan]
+localhostname=localhost
+smtphost=127.0.0.1
+smtpport=%d
+popbeforesmtp=true
+pophost=127.0.0.1
+popport=%d
+popssl=false
+popusername=me
+poppassword=secret
+replyto=me@example.org
+"""
+
+
+class DemoPop(threading.Thread):
+    """A POP3 server for one user, who may send mail after the login."""
+
+    def __init__(self):
+        super().__init__(name='demo-pop', daemon=True)
+        self.sock = socket.create_server(('127.0.0.1', 0))
+        self.port = self.sock.getsockname()[1]
+        self.signed_in, self.mails = False, queue.SimpleQueue()
+        self.start()
+
+    def run(self):
+        try:
+            while True:
+                self.serve(self.sock.accept()[0])
+        except OSError:
+            pass                        # closed: the demo is over
+
+    def serve(self, client):
+        with client, client.makefile('rwb', 0) as file:
+            file.write(b'+OK demo POP3 server\r\n')
+            for line in file:
+                print('  pop: ' + plain(line), flush=True)
+                self.signed_in |= line == b'PASS secret\r\n'
+                file.write(b'+OK\r\n')
+
+    def close(self):
+        self.sock.shutdown(socket.SHUT_RDWR)
+        self.sock.close()
+
+
+class DemoProvider(smtps.Session):
+    """A mail server that relays after a POP login only."""
+
+    def __init__(self, pop, client):
+        super().__init__(client)
+        self.pop = pop
+
+    def rcpt(self, recipient):
+        if not self.pop.signed_in:
+            raise smtps.Refused(550, '5.7.1 POP before SMTP, please')
+
+    def data(self, sender, recipients, parameters):
+        return DemoMail(self.pop.mails)
+
+
+class DemoMail(smtps.Receiver):
+
+    def __init__(self, mails):
+        self.mails, self.content = mails, b''
+
+    def write(self, chunk):
+        self.content += chunk
+
+    def commit(self):
+        self.mails.put(self.content)
+        return '2.0.0 taken'
+
+
+# --- Main -------------------------------------------------------------------
+
+def parse(arguments):
+    import argparse
+    parser = argparse.ArgumentParser(
+        prog='smtpproxy.py', description='Hands on the mail of devices that '
+        'can not talk to today\'s mail servers.')
+    parser.add_argument('--config', metavar='FILE', default='smtpproxy.ini',
+                        help='the ini (default: ./smtpproxy.ini)')
+    add = parser.add_mutually_exclusive_group().add_argument
+    add('--check', action='store_true', help='look for mistakes, do not start')
+    add('--demo', action='store_true', help='the whole trip of a mail, here')
+    add('--queue', action='store_true', help='what waits in msgs/')
+    add('--retry', metavar='ID', help='try a mail, or all, now')
+    add('--delete', metavar='ID', help='remove a mail')
+    add('--show', metavar='ID', help='print a mail as it would be sent')
+    add('--handler-test', metavar='FILE', help='what handlers would change')
+    add('--version', action='version', version='smtpproxy ' + VERSION)
+    parser.add_argument('--json', action='store_true', help='with --queue')
+    return parser.parse_args(arguments)
+
+
+COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
+            'show': show, 'handler_test': handler_test}
+
+
+def serve(settings):
+    """Until SIGTERM or SIGINT. Raises StartError."""
+    signals = queue.SimpleQueue()       # no work happens in a signal handler
+    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
+        signal.signal(number, lambda number, _: signals.put(number))
+    proxy = Proxy(settings)
+    proxy.start()
+    for warning in settings.warnings:
+        say(warning)
+    while signals.get() == signal.SIGHUP:
+        proxy.reload()
+    proxy.stop()
+    return 0
+
+
+def main(arguments):
+    """Returns the exit code."""
+    options = parse(arguments)
+    try:
+        if options.demo:
+            return demo(options)
+        settings = load(options.config)
+        for name, command in COMMANDS.items():
+            if getattr(options, name):
+                return command(settings, options)
+        return serve(settings)
+    except FileNotFoundError as error:
+        say('%s is missing%s' % (error.filename, (
+            ': copy smtpproxy.ini.example to it and fill it in, or see how it '
+            'works with --demo') if error.filename == options.config else ''))
+    except (ConfigError, StartError) as error:
+        for line in str(error).splitlines():
+            say(line)
+    except OSError as error:
+        say('%s: %s' % (error.filename or 'error', error.strerror or error))
+    except ImportError as error:
+        say(missing_module(error))
+    return 1
+
+
+if __name__ == '__main__':
+    if HOME not in sys.path:
+        sys.path.insert(0, HOME)
+    sys.exit(main(sys.argv[1:]))

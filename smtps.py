@@ -1,0 +1,964 @@
+#!/usr/bin/env python3
+"""A threaded SMTP listener (RFC 5321) as a library. It knows nothing of
+proxying, ini files or spools: whoever uses it derives from Session.
+
+    server = smtps.Server(MySession)
+    server.listen('', 2525)
+    server.start()                      # returns at once
+    ...
+    server.stop()
+
+    Server      sockets, threads and limits
+    Connection  one conversation: the verbs, in the client's order
+    DataReader  finds the end of DATA and makes every line end CRLF
+    Session     the hooks: what the program thinks of all this
+    Refused     how a hook says no
+
+How the threads work. A thread per connection spends its time handing
+CPython's interpreter lock around, and most of a conversation is waiting. So
+there is one desk, with one thread at it: it waits for all clients and does
+every step that cannot block. A conversation is a generator that yields what
+it waits for: READ, WRITE, or AWAY before a step that may block (a file, a
+password, a TLS handshake). Then its thread takes it away from the desk and
+the next thread of the team steps up. So threads meet only where one of them
+has to wait for the disk anyway, and an idle client costs no thread.
+
+`python3 smtps.py 2525` prints what it receives.
+
+Based on an idea of smtps.py by Les Smithson (1.x); written anew for 2.0.
+"""
+import binascii
+import collections
+import contextlib
+import functools
+import logging
+import os
+import re
+import selectors
+import socket
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+log = logging.getLogger('smtps')
+
+CHUNK = 65536           # bytes read from a socket, or kept before a write
+COMMAND_LINE = 2048     # bytes; RFC 5321 4.5.3.1.4 asks for 512 and more
+LONG_LINE = 1000        # bytes; RFC 5321 4.5.3.1.6; longer ones go in pieces
+AUTH_LINE = 12288       # bytes; RFC 4954 section 4
+RECIPIENTS = 1000       # a mail; RFC 5321 4.5.3.1.8 asks for 100 and more
+ERRORS = 20             # refused commands until a session is ended
+AUTH_PAUSE = 3.0        # seconds that a wrong password costs
+TEAM = 32               # threads at most; so many mails are synced at once
+BACKLOG = 512           # a short one makes clients wait a second and more
+FOREVER = float('inf')
+
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+AWAY = 0                # the next step may block
+PAUSE = -1              # nothing to do until the patience is over
+DONE = None             # the conversation is over
+
+
+class Limits(NamedTuple):
+    """What a server grants its clients; may be replaced while it runs."""
+    maxsize: int = 100000000        # bytes of one mail
+    maxconnections: int = 100
+    timeout: float = 300            # seconds of silence
+    allowed: object = None          # callable(address: str) -> bool
+    tls: object = None              # an ssl.SSLContext: offers STARTTLS
+
+
+class Client:
+    """What is known of the other end: address (str, no port), port, hello
+    (the name it gave), extended (it said EHLO), secure (TLS), user (str
+    after AUTH, else None)."""
+
+    def __init__(self, address, port, secure=False):
+        self.address, self.port, self.secure = address, port, secure
+        self.hello, self.extended, self.user = None, False, None
+
+    def __str__(self):
+        return '%s:%d' % (self.address, self.port)
+
+
+class Refused(Exception):
+    """Raised by a hook: the client gets this reply.
+
+    code: int, text: str that begins with the enhanced status code of
+    RFC 3463, as in Refused(550, '5.7.1 not here')."""
+
+    def __init__(self, code, text):
+        super().__init__('%d %s' % (code, text))
+        self.code, self.text = code, text
+
+
+class Goodbye(Exception):
+    """Thrown into a conversation that has to end; its text is the 421."""
+
+
+class Silence(Goodbye):
+    """The client said nothing for so long."""
+
+
+class Gone(Exception):
+    """The client is not there any more."""
+
+
+# --- Session: the hooks -----------------------------------------------------
+
+class Session:
+    """The program's side of one conversation. These defaults accept all and
+    keep nothing. To return accepts, to raise Refused refuses; any other
+    exception is logged and answered 451: a bug never becomes a 250.
+
+    hello, mail, rcpt, data, reset and closed run at the desk and must not
+    block; auth and the receiver's methods may."""
+
+    def __init__(self, client):
+        self.client = client
+
+    def hello(self, name):
+        """The client said HELO or EHLO name (str)."""
+
+    def auth(self, user, password):
+        """The client signs in with two str. May block."""
+
+    def mail(self, sender, parameters):
+        """MAIL FROM; sender is a bare address or '', parameters a dict of
+        upper-case keyword -> str."""
+
+    def rcpt(self, recipient):
+        """RCPT TO, a bare address."""
+
+    def data(self, sender, recipients, parameters):
+        """DATA may begin; returns what receives it (see Receiver)."""
+        return Receiver()
+
+    def reset(self):
+        """The mail that was begun is forgotten or finished."""
+
+    def closed(self):
+        """The conversation is over."""
+
+
+class Receiver:
+    """Takes one mail. All three may block."""
+
+    def write(self, chunk):
+        """chunk: bytes as on the wire: lines end with CRLF, a dot at the
+        start of a line is doubled (RFC 5321 4.5.2)."""
+
+    def commit(self):
+        """The mail is complete and from here on the program's: returns the
+        text of the 250 (str)."""
+        return '2.0.0 thank you'
+
+    def abort(self):
+        """The mail will not be completed. Not called after commit()
+        returned."""
+
+
+# --- DataReader: the end of a mail ------------------------------------------
+
+class DataReader:
+    """Cuts the bytes behind DATA into the mail and what follows it.
+
+    Only CRLF.CRLF ends a mail (RFC 5321 4.1.1.4). CR CR LF, a bare LF and a
+    bare CR inside become CRLF, and a line that is then a single dot is sent
+    as two: whatever another server takes for an end of data, it will not
+    find it in a mail of ours (SMTP smuggling, CVE-2023-51764).
+
+    size: int, bytes seen of the mail; rest: None, or the bytes behind it."""
+
+    END = b'\r\n.\r\n'
+    LINE_END = re.compile(rb'\r{0,2}\n|\r')
+    LONE_DOT = re.compile(rb'\r\n\.(?=\r\n|\Z)')
+
+    def __init__(self):
+        # The line end of DATA itself counts: an empty mail is '.' CRLF. So
+        # a piece always begins with a line end, which is left out once.
+        self.held, self.leave_out = b'\r\n', 2
+        self.pieces, self.amount = [], 0
+        self.size, self.rest = 0, None
+
+    def feed(self, data):
+        """Takes bytes (str of wire) until rest is not None."""
+        self.size += len(data)
+        data = self.held + data
+        cut = data.find(self.END)
+        if cut >= 0:
+            self.held, self.rest = b'', data[cut + len(self.END):]
+            self.size -= len(self.rest) + 3     # the dot's line
+        else:
+            cut = self._undecided(data)
+            self.held = data[cut:]
+        piece = self._normalised(data[:cut])
+        if piece:
+            self.pieces.append(piece[self.leave_out:])
+            self.amount += len(piece)
+            self.leave_out = 0
+        if self.rest is not None:
+            self.pieces.append(b'\r\n'[self.leave_out:])
+
+    def take(self):
+        """The mail's bytes so far, as they may go out."""
+        taken, self.pieces, self.amount = b''.join(self.pieces), [], 0
+        return taken
+
+    def _undecided(self, data):
+        """Where in data the last line begins, together with the line end
+        before it; of a very long line only what may become a line end."""
+        cut = data.rfind(b'\n')
+        if cut < 0 or len(data) - cut > LONG_LINE:
+            cut = len(data)
+        earliest = max(cut - 2, 0)
+        while cut > earliest and data[cut - 1:cut] == b'\r':
+            cut -= 1
+        return cut
+
+    def _normalised(self, piece):
+        """piece with every line end a CRLF; most need no change."""
+        ends = piece.count(b'\n')
+        if (ends == piece.count(b'\r\n') == piece.count(b'\r')
+                and not piece.endswith(b'\n.')):
+            return piece
+        return self.LONE_DOT.sub(
+            b'\r\n..', self.LINE_END.sub(b'\r\n', piece))
+
+
+# --- Connection: one conversation -------------------------------------------
+
+VERBS = ('HELO', 'EHLO', 'MAIL', 'RCPT', 'DATA', 'RSET', 'NOOP', 'VRFY',
+         'EXPN', 'HELP', 'AUTH', 'STARTTLS', 'QUIT')
+WEB = ('GET', 'POST', 'HEAD', 'PUT', 'OPTIONS', 'CONNECT')
+
+# The keywords of registered extensions: what is not offered is taken and
+# ignored, since many devices send what some other server once asked for.
+PARAMETERS = frozenset(
+    'SIZE BODY SMTPUTF8 AUTH RET ENVID NOTIFY ORCPT BY HOLDFOR HOLDUNTIL '
+    'MT-PRIORITY MTRK REQUIRETLS RRVS SOLICIT SUBMITTER TRANSID CONPERM '
+    'CONNEG ALT-ADDRESS'.split())
+
+PATH = re.compile(r'''
+    \s* (?: [^<>]* < \s* (?: @[^:<>]*: )?             # Name <@relay:
+         (?P<bracketed> (?: "(?:[^"\\]|\\.)*" | [^<>"] )* ) >
+       | (?P<bare> \S+ ) )
+    (?P<parameters> (?: \s .* )? ) $''', re.VERBOSE | re.DOTALL)
+UNFIT = re.compile(r'[\x00-\x20\x7f<>]')
+QUOTED = re.compile(r'^"(?:[^"\\]|\\.)*"(?=@|$)')
+
+
+def parse_path(text, status):
+    """('a@b', {'SIZE': '1'}) of '<a@b> SIZE=1', in any of the dialects that
+    devices speak. status: the X.Y.Z of a refusal. Raises Refused."""
+    match = PATH.match(text)
+    if not match:
+        raise Refused(501, status + ' give the address as <user@domain>')
+    address = match['bare'] or match['bracketed'].strip()
+    if '\udc80' <= max(address, default='') <= '\udcff':
+        raise Refused(553, '5.6.7 the address is neither ASCII nor UTF-8')
+    if UNFIT.search(QUOTED.sub('', address)) or re.search(
+            r'[\x00-\x1f\x7f]', address):
+        raise Refused(501, status + ' no such characters in an address')
+    return address, parse_parameters(match['parameters'])
+
+
+def parse_parameters(text):
+    """{'SIZE': '1', 'SMTPUTF8': ''} of 'SIZE=1 SMTPUTF8'; raises Refused."""
+    parameters = {}
+    for word in text.split():
+        keyword, _, value = word.partition('=')
+        if keyword.upper() not in PARAMETERS:
+            raise Refused(555, '5.5.4 unknown parameter ' + printable(word))
+        parameters[keyword.upper()] = value
+    if not re.match(r'\d{0,20}$', parameters.get('SIZE', '')):
+        raise Refused(501, '5.5.4 SIZE takes a number')
+    return parameters
+
+
+def printable(text):
+    """text as it may stand in a reply or a log line."""
+    return ''.join(c if ' ' < c < '\x7f' else '?' for c in text)[:64]
+
+
+class Connection:
+    """One conversation. Its state is what the client has said so far:
+    client.hello, client.user, sender, recipients."""
+
+    want_read = want_write = ()     # what a TLS layer raises instead of EAGAIN
+
+    def __init__(self, server, sock, peer, tls):
+        self.server, self.sock = server, sock
+        self.limits = server.limits
+        self.client = Client(peer[0], peer[1])
+        self.session = server.make_session(self.client)
+        self.talk = self.converse(tls)
+        self.watched, self.patience = AWAY, self.limits.timeout
+        self.deadline = 0.0
+        self.input, self.replies = b'', []
+        self.errors, self.leaving = 0, False
+        self.sender = self.parameters = None
+        self.recipients = []
+
+    # What the server calls.
+
+    def proceed(self, thrown=None):
+        """Goes on until there is something to wait for, and returns that:
+        READ, WRITE, AWAY, PAUSE or DONE."""
+        try:
+            want = self.talk.throw(thrown) if thrown else next(self.talk)
+        except StopIteration:
+            want = DONE
+        self.deadline = time.monotonic() + self.patience
+        return want
+
+    def proceed_slowly(self):
+        """The same with as many slow steps as there are."""
+        want = AWAY
+        while want == AWAY:
+            want = self.proceed()
+        return want
+
+    def close(self):
+        self.talk.close()
+        if self.want_read:              # tell a TLS client that this is all
+            with suppress_socket_errors():
+                self.sock.unwrap()
+        self.sock.close()
+
+    # The conversation as a whole.
+
+    def converse(self, tls):
+        """From the greeting to the goodbye; yields what it waits for."""
+        try:
+            if tls:
+                yield from self.secure(tls)
+            self.reply(220, '%s ESMTP ready' % self.server.hostname)
+            self.input = yield from self.receive()
+            if self.input[:2] == b'\x16\x03':
+                raise Gone('speaks TLS to a port without: that is what '
+                           'tlsport is for, or set it to STARTTLS or none')
+            while not self.leaving:
+                yield from self.obey()
+            yield from self.flush()
+        except Goodbye as goodbye:
+            log.log(logging.DEBUG if self.sender is None else logging.INFO,
+                    '%s: dismissed: %s', self.client, goodbye)
+            self.reply(421, str(goodbye))
+            with suppress_socket_errors():
+                self.sock.send(b''.join(self.replies))
+        except Gone as gone:
+            log.log(logging.WARNING if str(gone).startswith('speaks')
+                    else logging.DEBUG, '%s: %s', self.client, gone)
+        except Exception:
+            log.exception('%s: conversation ended by an error', self.client)
+        finally:
+            self.call(self.session.closed)
+
+    def obey(self):
+        """One command and its reply."""
+        try:
+            verb, argument = yield from self.read_command()
+            waiting = getattr(self, 'do_' + verb)(argument)
+            if waiting is not None:
+                yield from waiting
+        except Refused as no:
+            self.refuse(no)
+        except (Goodbye, Gone, GeneratorExit):
+            raise
+        except Exception:
+            log.exception('%s: answered 451', self.client)
+            self.refuse(Refused(451, '4.3.0 an error here; try again later'))
+
+    def refuse(self, no):
+        self.reply(no.code, no.text)
+        self.errors += no.code >= 500
+        if self.errors > ERRORS:
+            raise Goodbye('4.7.0 too many errors')
+
+    def read_command(self):
+        line = yield from self.read_line(COMMAND_LINE)
+        verb, _, argument = line.strip().partition(' ')
+        verb = verb.upper()
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug('%s: %s', self.client, 'AUTH ...' if verb == 'AUTH'
+                      else printable(verb) + ' ' + ascii(argument)[1:-1])
+        if verb in WEB:
+            raise Gone('speaks HTTP, this is a mail server')
+        if verb not in VERBS:
+            raise Refused(500, '5.5.2 unknown command ' + printable(verb))
+        return verb, argument.strip()
+
+    # Bytes in and out.
+
+    def read_line(self, limit):
+        """The next line (str; what is not UTF-8 as surrogates), LF or CRLF.
+        Raises Refused if it has more than limit bytes."""
+        long = False
+        while b'\n' not in self.input:
+            if len(self.input) > limit:
+                self.input, long = b'', True
+            self.input += yield from self.receive()
+        line, _, self.input = self.input.partition(b'\n')
+        if long or len(line) > limit:
+            raise Refused(500, '5.5.2 more than %d bytes in a line' % limit)
+        return line.rstrip(b'\r').decode('utf-8', 'surrogateescape')
+
+    def receive(self):
+        """The next bytes from the client, which gets its replies first."""
+        if self.replies:
+            yield from self.flush()
+        if not (self.want_read and self.sock.pending()):
+            yield READ
+        data = yield from self.attempt(READ, self.sock.recv, CHUNK)
+        if not data:
+            raise Gone('closed the connection')
+        return data
+
+    def flush(self):
+        """Sends all replies of a batch at once (RFC 2920)."""
+        out, self.replies = b''.join(self.replies), []
+        while out:
+            out = out[(yield from self.attempt(WRITE, self.sock.send, out)):]
+
+    def attempt(self, blocked, call, *arguments):
+        """Calls a socket method until it need not wait. Raises Gone."""
+        while True:
+            try:
+                return call(*arguments)
+            except BlockingIOError:
+                yield blocked
+            except self.want_read:
+                yield READ
+            except self.want_write:
+                yield WRITE
+            except OSError as error:
+                raise Gone('connection lost: %s' % error)
+
+    def reply(self, code, *lines):
+        for line in lines[:-1]:
+            self.replies.append(b'%d-%s\r\n' % (code, line.encode()))
+        self.replies.append(b'%d %s\r\n' % (code, lines[-1].encode()))
+
+    def call(self, hook):
+        """A hook whose failure must not change what is answered."""
+        try:
+            hook()
+        except Exception:
+            log.exception('%s: in %s', self.client, hook)
+
+    def pause(self, seconds):
+        usual, self.patience = self.patience, seconds
+        try:
+            yield PAUSE
+        except Silence:
+            self.patience = usual
+
+    def secure(self, context):
+        """Puts TLS around the socket. Every step of a handshake computes:
+        none of them at the desk. Raises Gone."""
+        import ssl
+        yield AWAY
+        self.want_read = ssl.SSLWantReadError
+        self.want_write = ssl.SSLWantWriteError
+        try:
+            self.sock = context.wrap_socket(
+                self.sock, server_side=True, do_handshake_on_connect=False)
+            for want in self.attempt(READ, self.sock.do_handshake):
+                yield want
+                yield AWAY
+        except (OSError, ValueError, Gone) as error:
+            raise Gone('no TLS: %s' % error)
+        self.client.secure = True
+
+    # The verbs.
+
+    def do_HELO(self, name):
+        self.say_hello(name, False)
+        self.reply(250, self.server.hostname)
+
+    def do_EHLO(self, name):
+        self.say_hello(name, True)
+        offers = [self.server.hostname, 'PIPELINING', '8BITMIME',
+                  'SIZE %d' % self.limits.maxsize, 'SMTPUTF8',
+                  'ENHANCEDSTATUSCODES', 'AUTH LOGIN PLAIN',
+                  'AUTH=LOGIN PLAIN']       # the form before RFC 2554
+        if self.limits.tls and not self.client.secure:
+            offers.append('STARTTLS')
+        self.reply(250, *offers)
+
+    def say_hello(self, name, extended):
+        """Any name will do, and none (RFC 5321 4.1.4): it is a device."""
+        self.forget()
+        self.session.hello(name)
+        self.client.hello, self.client.extended = name, extended
+
+    def do_MAIL(self, argument):
+        if self.sender is not None:
+            raise Refused(503, '5.5.1 one mail at a time')
+        sender, parameters = parse_path(
+            self.after('FROM', argument), '5.1.7')
+        if int(parameters.get('SIZE') or 0) > self.limits.maxsize:
+            raise self.too_large()
+        self.session.mail(sender, parameters)
+        self.sender, self.parameters = sender, parameters
+        self.reply(250, '2.1.0 sender ok')
+
+    def do_RCPT(self, argument):
+        if self.sender is None:
+            raise Refused(503, '5.5.1 MAIL comes first')
+        recipient, _ = parse_path(self.after('TO', argument), '5.1.3')
+        if not recipient:
+            raise Refused(550, '5.1.3 a recipient needs an address')
+        if len(self.recipients) >= RECIPIENTS:
+            raise Refused(452, '4.5.3 %d recipients a mail' % RECIPIENTS)
+        self.session.rcpt(recipient)
+        self.recipients.append(recipient)
+        self.reply(250, '2.1.5 recipient ok')
+
+    @staticmethod
+    def after(word, argument):
+        """What follows 'FROM:' in all its spellings."""
+        match = re.match(word + r'\s*:', argument, re.IGNORECASE)
+        if not match:
+            raise Refused(501, '5.5.4 %s:<address> is missing' % word)
+        return argument[match.end():]
+
+    def do_DATA(self, argument):
+        if not self.recipients:
+            raise Refused(503, '5.5.1 no valid recipients')
+        receiver = self.session.data(
+            self.sender, self.recipients, self.parameters)
+        try:
+            text = yield from self.take_mail(receiver)
+        except BaseException:
+            self.call(receiver.abort)
+            raise
+        finally:
+            self.forget()
+        self.errors = 0
+        self.reply(250, text)
+
+    def take_mail(self, receiver):
+        """The bytes of one mail into receiver; returns the 250's text. After
+        an error the rest is read and thrown away, then the error raised."""
+        self.reply(354, 'end with <CRLF>.<CRLF>')
+        reader, error = DataReader(), None
+        data, self.input = self.input, b''
+        while True:
+            reader.feed(data)
+            if reader.size > self.limits.maxsize:
+                error = error or self.too_large()
+            if reader.amount >= CHUNK or reader.rest is not None:
+                content = reader.take()
+                if not error:
+                    yield AWAY
+                    error = self.failure(receiver.write, content)
+            if reader.rest is not None:
+                break
+            data = yield from self.receive()
+        self.input = reader.rest
+        if error:
+            raise error
+        return receiver.commit()
+
+    @staticmethod
+    def failure(call, *arguments):
+        """The exception that the call raised, or None."""
+        try:
+            call(*arguments)
+        except Exception as error:
+            return error
+
+    def too_large(self):
+        return Refused(552, '5.3.4 a mail may have %d bytes'
+                       % self.limits.maxsize)
+
+    def do_RSET(self, _):
+        self.forget()
+        self.reply(250, '2.0.0 ok')
+
+    def forget(self):
+        self.sender = self.parameters = None
+        self.recipients = []
+        self.call(self.session.reset)
+
+    def do_NOOP(self, _):
+        self.reply(250, '2.0.0 ok')
+
+    def do_VRFY(self, _):
+        self.reply(252, '2.1.5 send it and see')
+
+    def do_EXPN(self, _):
+        raise Refused(502, '5.5.1 no lists here')
+
+    def do_HELP(self, _):
+        self.reply(214, '2.0.0 ' + ' '.join(VERBS))
+
+    def do_QUIT(self, _):
+        self.leaving = True
+        self.reply(221, '2.0.0 bye')
+
+    def do_STARTTLS(self, _):
+        if not self.limits.tls or self.client.secure:
+            raise Refused(502, '5.5.1 no TLS to be had')
+        self.reply(220, '2.0.0 go ahead')
+        yield from self.flush()
+        # What came in clear text behind the command could be anybody's, and
+        # so could the name (RFC 3207 section 4.2; CVE-2011-0411).
+        self.input = b''
+        self.forget()
+        self.client.hello = self.client.user = None
+        yield from self.secure(self.limits.tls)
+
+    def do_AUTH(self, argument):
+        if self.client.user is not None:
+            raise Refused(503, '5.5.1 already signed in')
+        if self.sender is not None:
+            raise Refused(503, '5.5.1 not during a mail')
+        mechanism, _, initial = argument.partition(' ')
+        if mechanism.upper() == 'PLAIN':
+            user, password = yield from self.auth_plain(initial.strip())
+        elif mechanism.upper() == 'LOGIN':
+            user, password = yield from self.auth_login(initial.strip())
+        else:
+            raise Refused(504, '5.5.4 AUTH takes PLAIN or LOGIN')
+        yield AWAY
+        try:
+            self.session.auth(user, password)
+        except Refused:
+            yield from self.pause(AUTH_PAUSE)       # no guessing by the score
+            raise
+        self.client.user = user
+        self.reply(235, '2.7.0 signed in')
+
+    def auth_plain(self, initial):
+        """RFC 4616; returns (user, password)."""
+        answer = decode64(initial) if initial else (
+            yield from self.challenge(''))
+        if answer.count('\0') != 2:
+            raise Refused(501, '5.5.2 that is not AUTH PLAIN')
+        return answer.split('\0')[1:]
+
+    def auth_login(self, initial):
+        """Old clients compare these challenges letter by letter."""
+        user = decode64(initial) if initial else (
+            yield from self.challenge('VXNlcm5hbWU6'))
+        return user, (yield from self.challenge('UGFzc3dvcmQ6'))
+
+    def challenge(self, text):
+        """Asks; returns the decoded answer. The blank behind 334 is needed
+        by clients that wait for a line whose fourth byte is one."""
+        self.reply(334, text)
+        answer = yield from self.read_line(AUTH_LINE)
+        if answer.strip() == '*':
+            raise Refused(501, '5.7.0 cancelled')
+        return decode64(answer)
+
+
+def decode64(text):
+    """The str that text stands for in base64; '=' is the empty one (RFC 4954
+    section 4). Some devices leave the padding out. Raises Refused."""
+    try:
+        return binascii.a2b_base64(text.strip('= \t') + '==').decode(
+            'utf-8', 'surrogateescape')
+    except ValueError:
+        raise Refused(501, '5.5.2 that is not base64')
+
+
+def suppress_socket_errors():
+    return contextlib.suppress(OSError, ValueError)
+
+
+# --- Server: sockets and threads --------------------------------------------
+
+class Server:
+    """Listens, and serves every client that it has room for.
+
+    make_session: callable(Client) -> Session; limits: Limits, read anew for
+    each client, so that it may be replaced while the server runs."""
+
+    def __init__(self, make_session=Session, limits=Limits(), hostname=None):
+        self.make_session, self.limits = make_session, limits
+        self.hostname = hostname or socket.gethostname()
+        self.listeners = []
+        self._selector = selectors.DefaultSelector()
+        self._desk = threading.Lock()       # held by the thread at the desk,
+        self._ready = collections.deque()   # who alone touches these two
+        self._look_round = FOREVER          # when somebody may be silent
+        self._connections = set()
+        self._count = threading.Lock()      # guards _team, _away, and how
+                                            # connections come back
+        self._team, self._away = [], 0
+        self._stopping = False
+        self._bell, self._ringer = socket.socketpair()
+        self._spare = os.open(os.devnull, os.O_RDONLY)
+
+    def listen(self, host, port, tls=False):
+        """Binds; host '' is every interface, IPv4 and IPv6; tls: clients
+        begin with a handshake (RFC 8314). Raises OSError."""
+        both = (socket.AF_INET, '0.0.0.0'), (socket.AF_INET6, '::')
+        one = socket.AF_INET6 if ':' in host else socket.AF_INET
+        for family, address in [(one, host)] if host else both:
+            try:
+                sock = self._bind(family, address, port)
+            except OSError:
+                if host or family == socket.AF_INET:
+                    raise
+                break                           # a box without IPv6
+            port = port or sock.getsockname()[1]
+            self.listeners.append(sock)
+            self._selector.register(sock, READ, functools.partial(
+                self._welcome, sock, tls))
+
+    @staticmethod
+    def _bind(family, address, port):
+        sock = socket.socket(family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            sock.bind((address, port))
+            sock.listen(BACKLOG)
+            sock.setblocking(False)
+        except BaseException:
+            sock.close()
+            raise
+        return sock
+
+    def start(self):
+        """Serves from now on, in threads of its own."""
+        self._selector.register(self._bell, READ, self._answer_bell)
+        self._hire()
+
+    def stop(self, grace=8.0):
+        """No new clients; who is between the final dot and the 250 gets it,
+        within grace seconds; all others a 421. Returns when done."""
+        self._stopping = True
+        self._ringer.send(b'.')
+        end = time.monotonic() + grace
+        for thread in list(self._team):
+            thread.join(max(0.0, end - time.monotonic()))
+        for sock in self.listeners + [self._bell, self._ringer]:
+            sock.close()
+        os.close(self._spare)
+        self._selector.close()
+
+    # The team.
+
+    def _hire(self):
+        """One more thread; False if there can't be."""
+        thread = threading.Thread(target=self._work, daemon=True,
+                                  name='smtp-%d' % (len(self._team) + 1))
+        try:
+            thread.start()
+        except RuntimeError as error:
+            log.warning('no more threads (%s): clients wait for each other',
+                        error)
+            return False
+        self._team.append(thread)
+        return True
+
+    def _work(self):
+        """The life of a thread: at the desk until somebody needs more time,
+        then away with that one, while another has the desk."""
+        while True:
+            with self._desk:
+                connection = self._attend()
+            if connection is None:
+                return
+            want = connection.proceed_slowly()
+            with self._count:
+                self._away -= 1
+                self._watch(connection, want)
+            if connection.deadline < self._look_round:
+                self._ringer.send(b'.')
+
+    def _leave(self):
+        """May this thread leave the desk? Somebody has to stay."""
+        with self._count:
+            if self._away + 1 == len(self._team) and (
+                    len(self._team) == TEAM or not self._hire()):
+                return False
+            self._away += 1
+            return True
+
+    # At the desk.
+
+    def _attend(self):
+        """Has the desk; returns the connection to take away from it, or None
+        when the server stops."""
+        while not self._stopping:
+            while self._ready:
+                connection = self._ready.popleft()()
+                if connection:
+                    return connection
+            self._ready.extend(
+                key.data for key, _ in self._selector.select(self._leisure()))
+            if time.monotonic() >= self._look_round:
+                self._dismiss_the_silent()
+        with self._count:
+            idle = [c for c in self._connections if c.watched]
+        for connection in idle:
+            self._step(connection, Goodbye('4.3.2 shutting down'))
+
+    def _leisure(self):
+        """Seconds until somebody may have been silent for too long."""
+        if not self._connections:
+            self._look_round = FOREVER
+        if self._look_round == FOREVER:
+            return None
+        return max(0.0, self._look_round - time.monotonic())
+
+    def _step(self, connection, thrown=None):
+        """A quick step at the desk; returns the connection if its next one
+        may take long and this thread may leave."""
+        want = connection.proceed(thrown)
+        if want == AWAY:
+            self._watch(connection, AWAY)
+            if self._leave():
+                return connection
+            want = connection.proceed_slowly()  # slow for all, nothing lost
+        self._look_round = min(self._look_round, connection.deadline)
+        self._watch(connection, want)
+
+    def _watch(self, connection, want):
+        """Has the desk look for what the connection waits for."""
+        before, connection.watched = connection.watched, want
+        if before == want:
+            return
+        if before in (READ, WRITE):
+            if want in (READ, WRITE):
+                self._selector.modify(connection.sock, want, connection.step)
+                return
+            self._selector.unregister(connection.sock)
+        elif want in (READ, WRITE):
+            self._selector.register(connection.sock, want, connection.step)
+        if want is DONE:
+            self._connections.discard(connection)
+            connection.close()
+
+    def _answer_bell(self):
+        self._bell.recv(64)
+        self._look_round = 0.0
+
+    def _dismiss_the_silent(self):
+        now = time.monotonic()
+        for connection in list(self._connections):
+            if connection.watched and connection.deadline <= now:
+                self._step(connection, Silence(
+                    '4.4.2 silent for %d seconds' % connection.patience))
+        self._look_round = min(
+            (c.deadline if c.deadline > now else now + c.patience
+             for c in list(self._connections)), default=FOREVER)
+
+    # New clients.
+
+    def _welcome(self, listener, tls):
+        """Accepts one; returns it if it begins with a TLS handshake."""
+        try:
+            sock, peer = listener.accept()
+        except (BlockingIOError, ConnectionError):
+            return None                         # gone again
+        except OSError as error:
+            return self._turn_away(listener, error)
+        address = peer[0].partition('%')[0]     # fe80::1%eth0
+        refusal = self._refusal(address)
+        if refusal:
+            log.warning('%s: refused: %s', address, refusal)
+            with suppress_socket_errors():
+                sock.send(b'%s\r\n' % refusal.encode())
+            sock.close()
+            return None
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection = Connection(self, sock, (address, peer[1]),
+                                self.limits.tls if tls else None)
+        connection.step = functools.partial(self._step, connection)
+        self._connections.add(connection)
+        log.debug('%s: connected', connection.client)
+        return self._step(connection)
+
+    def _refusal(self, address):
+        """The reply that keeps this address out, or None."""
+        limits = self.limits
+        if limits.allowed and not limits.allowed(address):
+            return '554 5.7.1 %s is not in the allowed networks' % address
+        if (len(self._connections) >= limits.maxconnections
+                and not self._make_room(address)):
+            return '421 4.7.0 %d connections are all' % limits.maxconnections
+
+    def _make_room(self, address):
+        """One client may have all the places, but has to give them back: if
+        address has fewer, the greediest one's most silent connection goes.
+        So a camera that hangs can't shut out the rest."""
+        held = collections.Counter(
+            c.client.address for c in list(self._connections))
+        greedy, most = held.most_common(1)[0] if held else ('', 0)
+        if most <= held[address] + 1:
+            return False
+        idle = [c for c in list(self._connections)
+                if c.client.address == greedy and c.watched]
+        if not idle:
+            return False
+        self._step(min(idle, key=lambda c: c.deadline), Goodbye(
+            '4.7.0 too many connections of yours, another client waits'))
+        return True
+
+    def _turn_away(self, listener, error):
+        """No descriptor left for a client: the spare one serves to say so.
+        Else it would wait unanswered, and we would spin."""
+        log.error('a client is turned away: %s', error)
+        try:
+            os.close(self._spare)
+            sock, _ = listener.accept()
+            sock.send(b'421 4.3.2 no resources for you, try again later\r\n')
+            sock.close()
+        except OSError:
+            time.sleep(0.1)
+        with suppress_socket_errors():
+            self._spare = os.open(os.devnull, os.O_RDONLY)
+
+
+# --- Alone: print what comes ------------------------------------------------
+
+class Printer(Session):
+    """Shows every mail on the terminal."""
+
+    def data(self, sender, recipients, parameters):
+        print('--- from <%s> to %s, client %s' % (
+            sender, ', '.join(recipients), self.client), flush=True)
+        return PrintedMail()
+
+
+class PrintedMail(Receiver):
+
+    def __init__(self):
+        self.content = []
+
+    def write(self, chunk):
+        self.content.append(chunk)
+
+    def commit(self):
+        text = b'\r\n' + b''.join(self.content)
+        print(text.replace(b'\r\n.', b'\r\n').replace(b'\r\n', b'\n').decode(
+            'utf-8', 'replace'), flush=True)
+        return '2.0.0 printed'
+
+
+def main(arguments):
+    logging.basicConfig(level=logging.INFO, format='%(message)s')
+    server = Server(Printer)
+    server.listen('', int(arguments[0]) if arguments else 25)
+    server.start()
+    print('printing what port %d receives; Ctrl-C ends it'
+          % server.listeners[0].getsockname()[1], flush=True)
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        server.stop()
+
+
+if __name__ == '__main__':
+    main(sys.argv[1:])

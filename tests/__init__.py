@@ -1,0 +1,1 @@
+# Run all tests from the folder above: python3 -m unittest
