@@ -468,51 +468,60 @@ class Networks:
 
 # --- Log: one line a step, for the owner ------------------------------------
 
-class LogFile(logging.FileHandler):
+class LogFile(logging.Handler):
     """A file that starts anew at size bytes; count old ones are kept. What
     can't be written is said once on stderr: a full disk is the log's trouble
     and never the mail's."""
 
     def __init__(self, path, size, count):
-        self.size, self.count, self.written, self.broken = size, count, 0, ''
-        super().__init__(path, encoding='utf-8', delay=True)
+        super().__init__()
+        self.path, self.size, self.count = path, size, count
+        self.file, self.written, self.broken = None, 0, ''
 
     def emit(self, record):
+        line = (self.format(record) + '\n').encode('utf-8', 'replace')
         try:
-            line = self.format(record) + '\n'
-            if self.stream is None:
-                self.stream = self._open()
-                self.written = self.stream.tell()
+            if self.file is None:
+                self.open()
             if self.size and self.written + len(line) > self.size:
                 self.rotate()
-            self.stream.write(line)
-            self.stream.flush()
+            os.write(self.file, line)
             self.written += len(line)
             self.broken = ''
-        except (OSError, ValueError) as error:
+        except OSError as error:
             self.complain(error)
+
+    def open(self):
+        self.file = os.open(
+            self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        self.written = os.fstat(self.file).st_size
+
+    def rotate(self):
+        """smtpproxy.log becomes smtpproxy.log.1, that one .2, and so on."""
+        self.close_file()
+        names = [self.path] + [
+            '%s.%d' % (self.path, n + 1) for n in range(self.count)]
+        for old, new in reversed(list(zip(names, names[1:]))):
+            if os.path.exists(old):
+                os.replace(old, new)
+        if not self.count:
+            os.unlink(self.path)
+        self.open()
 
     def complain(self, error):
         if self.broken != str(error):
             self.broken = str(error)
             say('the log %s cannot be written: %s; mail goes on'
-                % (self.baseFilename, error))
+                % (self.path, error))
 
-    def rotate(self):
-        """smtpproxy.log becomes smtpproxy.log.1, that one .2, and so on."""
-        self.stream.close()
-        self.stream = None
-        names = [self.baseFilename] + [
-            '%s.%d' % (self.baseFilename, n + 1) for n in range(self.count)]
-        for new, old in reversed(list(zip(names[1:], names))):
-            if os.path.exists(old):
-                os.replace(old, new)
-        self.stream = open(self.baseFilename, 'a' if self.count else 'w',
-                           encoding='utf-8')
-        self.written = 0
+    def close_file(self):
+        file, self.file = self.file, None
+        if file is not None:
+            os.close(file)
 
-    def handleError(self, record):
-        """A message with wrong arguments must not end in a traceback."""
+    def close(self):
+        self.close_file()
+        super().close()
 
 
 def say(text):
@@ -526,11 +535,21 @@ def say(text):
 class OneLine(logging.Formatter):
     """Whatever a client or server says can't fake a second line."""
 
+    second = clock = None
+
     def format(self, record):
-        text = super().format(record)
-        if record.exc_info or '\n' not in text:
-            return text
-        return text.replace('\r', '\\r').replace('\n', '\\n')
+        message = record.getMessage()
+        if '\n' in message or '\r' in message:
+            message = message.replace('\r', '\\r').replace('\n', '\\n')
+        if record.exc_info:
+            message += '\n' + self.formatException(record.exc_info)
+        second = int(record.created)
+        if second != self.second:       # of many lines a second, format one
+            self.clock = time.strftime(
+                '%Y-%m-%d %H:%M:%S', time.localtime(second))
+            self.second = second
+        return '%s,%03d %s %s' % (self.clock, record.msecs, record.levelname,
+                                  message)
 
 
 def open_log(settings):
@@ -547,7 +566,7 @@ def open_log(settings):
         root.removeHandler(handler)
         handler.close()
     for handler in handlers:
-        handler.setFormatter(OneLine('%(asctime)s %(levelname)s %(message)s'))
+        handler.setFormatter(OneLine())
         root.addHandler(handler)
     level = settings.logging.level
     root.setLevel(logging.CRITICAL if level == 'NONE' else level)
@@ -630,6 +649,7 @@ class Unfinished(Exception):
 TAIL = re.compile(rb'\.\r\nNOOP crc32=([0-9a-f]{8})\r\n\Z')
 TAIL_SIZE = len(b'.\r\nNOOP crc32=01234567\r\n')
 HANDLED = b'NOOP handled\r\n'
+FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
 
 
 class Mail:
@@ -640,8 +660,8 @@ class Mail:
     seconds since 1970, for people; problem: str, why it is still here; parked:
     bool; account_trouble: bool, the problem is not this mail's own."""
 
-    def __init__(self, id, path):
-        self.id, self.path = id, path
+    def __init__(self, id, path, data=None):
+        self.id, self.path, self.data = id, path, data
         self.tries, self.due, self.problem = 0, 0.0, ''
         self.handled = self.parked = self.account_trouble = False
         self.refused = {}           # {recipient: reply}, refused for good
@@ -651,21 +671,28 @@ class Mail:
     def read(self):
         """The envelope and the header, and all of it if it is small. Raises
         Unfinished, Unreadable, OSError."""
-        with open(self.path, 'rb', buffering=0) as file:
-            self.size = os.fstat(file.fileno()).st_size
-            self.data = file.read(smtps.CHUNK)
-            while b'\r\nDATA\r\n' not in self.data[:self.size] or (
-                    b'\r\n\r\n' not in self.data):
-                more = file.read(smtps.CHUNK)
-                if not more:
-                    break
-                self.data += more
-            file.seek(max(0, self.size - TAIL_SIZE))
-            tail = TAIL.match(file.read(TAIL_SIZE))
+        if self.data is None:
+            with open(self.path, 'rb', buffering=0) as file:
+                self.read_file(file)
+        else:
+            self.size, end = len(self.data), self.data[-TAIL_SIZE:]
+            self.tail = TAIL.match(end)
         self.parse_envelope()
-        if not tail:
+        if not self.tail:
             raise Unfinished('it has no end')
-        self.checksum = int(tail[1], 16)
+        self.checksum = int(self.tail[1], 16)
+
+    def read_file(self, file):
+        self.size = os.fstat(file.fileno()).st_size
+        self.data = file.read(smtps.CHUNK)
+        while len(self.data) < self.size and (
+                b'\r\n\r\n' not in self.data.partition(b'\r\nDATA\r\n')[2]):
+            more = file.read(smtps.CHUNK)
+            if not more:
+                break
+            self.data += more
+        file.seek(max(0, self.size - TAIL_SIZE))
+        self.tail = TAIL.match(file.read(TAIL_SIZE))
 
     def parse_envelope(self):
         envelope, data, _ = self.data.partition(b'\r\nDATA\r\n')
@@ -772,6 +799,8 @@ class Draft:
         self.pending += b'.\r\n'
         self.pending += b'NOOP crc32=%08x\r\n' % zlib.crc32(
             self.pending, self.checksum)
+        if self.file is None:
+            self.spool.remember(self.id, self.pending)
         self.flush()
         os.fsync(self.file)
         file, self.file = self.file, None
@@ -781,6 +810,7 @@ class Draft:
     def abort(self):
         """Leaves nothing behind, as far as the disk lets us."""
         file, self.file, self.pending = self.file, None, b''
+        self.spool.fresh.pop(self.id, None)
         if file is not None:
             os.close(file)
         try:
@@ -836,6 +866,8 @@ class Spool:
         self.drafts = set()                 # ids that are being received
         self.delivered = set()              # their file could not be removed
         self.unsaved = {}                   # id -> state that disk refused
+        self.fresh = {}                     # id -> the bytes of a small mail
+                                            # that was just written
         self.first_own = ''                 # older ids were found at start
 
     def path(self, id, kind):
@@ -888,8 +920,6 @@ class Spool:
     def draft(self, frm, to, parameters):
         """A new Draft."""
         id = self.new_id()
-        while os.path.exists(self.path(id, 'mail')):
-            id = self.new_id()
         self.drafts.add(id)
         return Draft(self, id, 'mail', frm, to, parameters)
 
@@ -898,8 +928,11 @@ class Spool:
         Unreadable or OSError."""
         if id in self.delivered:
             return None
+        data = self.fresh.pop(id, None)
         try:
-            mail = Mail(id, self.path(id, 'mail'))
+            mail = Mail(id, self.path(id, 'mail'), data)
+            if data is not None:
+                return mail
         except FileNotFoundError:
             if os.path.exists(os.path.join(self.folder, '.lock')):
                 return None
@@ -908,6 +941,11 @@ class Spool:
             mail.verify()
         self.load_state(mail)
         return mail
+
+    def remember(self, id, data):
+        """Spares the relay to read what was just written."""
+        if len(self.fresh) < FRESH and len(data) < FRESH_SIZE:
+            self.fresh[id] = data
 
     def load_state(self, mail):
         state = self.unsaved.get(mail.id)
@@ -979,6 +1017,7 @@ class Spool:
         try:
             draft.write(stuffed(mail.msg))
             draft.commit()
+            self.fresh.pop(mail.id, None)
             os.rename(draft.path, mail.path)
         except BaseException:
             draft.abort()
@@ -1559,7 +1598,8 @@ class Replies:
             left = self.deadline - time.monotonic()
             if left <= 0:
                 raise socket.timeout('timed out')
-            self.sock.settimeout(left)
+            if abs(left - self.sock.gettimeout()) > 1:
+                self.sock.settimeout(left)
             data = self.sock.recv(4096)
             if not data:
                 break
@@ -1960,7 +2000,8 @@ class Courier:
         self.close()
 
     def send(self, data):
-        self.smtp.sock.settimeout(REPLY_TIME)
+        if self.smtp.sock.gettimeout() < REPLY_TIME - 1:
+            self.smtp.sock.settimeout(REPLY_TIME)
         self.smtp.sock.sendall(data)
 
     def reply(self, seconds=REPLY_TIME):
@@ -2031,6 +2072,17 @@ class Lane:
             (self.ready.appendleft if first else self.ready.append)(id)
             self.changed.notify()
 
+    def join(self, id):
+        """put(), if somebody is there to take it and need not be helped."""
+        with self.changed:
+            if self.closed or not self.workers or (
+                    self.workers < self.limit
+                    and len(self.ready) >= self.workers * BACKLOG):
+                return False
+            self.ready.append(id)
+            self.changed.notify()
+            return True
+
     def take(self, patience):
         """The next id, None if there is none within patience seconds: then,
         unless patience is 0, the worker that asked is let go."""
@@ -2095,8 +2147,12 @@ class Relay:
     # For other threads.
 
     def announce(self, id, sender):
-        """A mail is safe on disk."""
-        self.inbox.put(functools.partial(self.route, id, sender))
+        """A mail is safe on disk. Where a lane is at work already it goes
+        there at once, which spares two changes of threads."""
+        lane = None if self.handlers.enabled else self.lanes.get(
+            self.settings.account_for(sender))
+        if not (lane and lane.join(id)):
+            self.inbox.put(functools.partial(self.route, id, sender))
 
     def reload(self, settings, handlers):
         """New settings; all that waits is tried at once."""
