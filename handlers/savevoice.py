@@ -4,7 +4,6 @@ Keys of [handler savevoice]: enabled; folder, a full path; from, only mail of
 this sender; subject, only if it contains this; types, of the attachments;
 discard, true: a mail is not sent on once its attachments are saved.
 """
-import hashlib
 import os
 import re
 from configparser import ConfigParser
@@ -71,6 +70,7 @@ class SaveVoice(MailHandler):
         the same mail finds the file of the first.
         """
         stem, ext = os.path.splitext(os.path.join(self.folder, name))
+        import hashlib      # five megabytes, so only for who has voice mail
         path = stem + '-' + hashlib.sha256(data).hexdigest()[:12] + ext
         try:
             with open(path + '.part', 'wb') as file:
