@@ -30,6 +30,7 @@ import zlib
 from typing import NamedTuple
 
 VERSION = '2.0.0'
+HOST = re.sub(r'[^A-Za-z0-9.-]', '-', socket.gethostname()) or 'localhost'
 HOME = os.path.dirname(os.path.abspath(__file__))
 
 # OpenWrt's python3-light comes in pieces: who misses one is told its name.
@@ -155,7 +156,8 @@ class Settings(NamedTuple):
     def section_for(self, sender):
         """The lower-case name of the section, or None."""
         sender = sender.lower()
-        for name in (sender, '*@' + sender.rpartition('@')[2], 'default'):
+        domain = sender.rpartition('@')[2] if '@' in sender else None
+        for name in sender, '*@%s' % domain, 'default':
             if name in self.accounts:
                 return name
 
@@ -232,20 +234,22 @@ class IniReader:
 
     def settings(self):
         config, logs, accounts, handlers = Config(), Logging(), {}, {}
+        seen = set()
         for section in self.parser.sections():
-            name = section.strip().lower()
-            if name == 'config':
+            name = ' '.join(section.lower().split())
+            if name in seen:
+                self.complain(section, '', 'is there twice: letters large and '
+                              'small are the same in a name')
+            elif name == 'config':
                 config = self.read_section(section, Config)
             elif name == 'logging':
                 logs = self.read_section(section, Logging)
-            elif name.split()[:1] == ['handler'] and '@' not in name:
-                handlers[section.strip()[7:].strip()] = dict(
+            elif name.startswith('handler ') and '@' not in name:
+                handlers[section.split(None, 1)[1].strip()] = dict(
                     self.parser[section])
-            elif name in accounts:
-                self.complain(section, '', 'is there twice: letters large and '
-                              'small are the same in an address')
             elif not name.startswith('\1'):
                 accounts[name] = self.read_section(section, Account)
+            seen.add(name)
         self.resolve(accounts)
         config, logs = self.complete(config, logs)
         if self.mistakes:
@@ -338,10 +342,11 @@ class IniReader:
         for key in ('smtphost',) + (
                 ('pophost', 'popusername', 'poppassword')
                 if found.get('popbeforesmtp') else ()):
-            if not found.get(key):
+            if found.get(key, '') == '':
                 self.complain(section, key, 'is missing')
         if not found.get('smtpport'):
-            found['smtpport'] = 465 if found.get('smtpsecurity') == 'ssl' else 25
+            implicit = found.get('smtpsecurity') == 'ssl'
+            found['smtpport'] = 465 if implicit else 25
         if bool(found.get('smtpusername')) != bool(found.get('smtppassword')):
             self.warnings.append(
                 '%s: [%s] has smtpusername or smtppassword without the other: '
@@ -483,13 +488,13 @@ class LogFile(logging.Handler):
         try:
             if self.file is None:
                 self.open()
-            if self.size and self.written + len(line) > self.size:
+            if self.size and self.written + len(line) > self.size and (
+                    self.written):
                 self.rotate()
             os.write(self.file, line)
             self.written += len(line)
-            self.broken = ''
         except OSError as error:
-            self.complain(error)
+            self.complain('written', error)
 
     def open(self):
         self.file = os.open(
@@ -497,22 +502,27 @@ class LogFile(logging.Handler):
         self.written = os.fstat(self.file).st_size
 
     def rotate(self):
-        """smtpproxy.log becomes smtpproxy.log.1, that one .2, and so on."""
-        self.close_file()
+        """smtpproxy.log becomes smtpproxy.log.1, that one .2, and so on. If
+        that can't be, it goes on in the same file and tries much later."""
+        self.written = 0
         names = [self.path] + [
             '%s.%d' % (self.path, n + 1) for n in range(self.count)]
-        for old, new in reversed(list(zip(names, names[1:]))):
-            if os.path.exists(old):
-                os.replace(old, new)
-        if not self.count:
-            os.unlink(self.path)
-        self.open()
+        try:
+            for old, new in reversed(list(zip(names, names[1:]))):
+                if os.path.exists(old):
+                    os.replace(old, new)
+            if not self.count:
+                os.unlink(self.path)
+            self.close_file()
+            self.open()
+        except OSError as error:
+            self.complain('renamed', error)
 
-    def complain(self, error):
+    def complain(self, what, error):
         if self.broken != str(error):
             self.broken = str(error)
-            say('the log %s cannot be written: %s; mail goes on'
-                % (self.path, error))
+            say('the log %s cannot be %s: %s; mail goes on'
+                % (self.path, what, error))
 
     def close_file(self):
         file, self.file = self.file, None
@@ -524,10 +534,10 @@ class LogFile(logging.Handler):
         super().close()
 
 
-def say(text):
-    """One line to whoever started us."""
+def say(text, file=None):
+    """One line to whoever started us, who may not be there any more."""
     try:
-        print('smtpproxy: ' + text, file=sys.stderr, flush=True)
+        print('smtpproxy: ' + text, file=file or sys.stderr, flush=True)
     except (OSError, ValueError):
         pass
 
@@ -539,8 +549,9 @@ class OneLine(logging.Formatter):
 
     def format(self, record):
         message = record.getMessage()
-        if '\n' in message or '\r' in message:
-            message = message.replace('\r', '\\r').replace('\n', '\\n')
+        if not message.isprintable():
+            message = ''.join(c if c.isprintable() else ascii(c)[1:-1]
+                              for c in message)
         if record.exc_info:
             message += '\n' + self.formatException(record.exc_info)
         second = int(record.created)
@@ -677,9 +688,13 @@ class Mail:
         else:
             self.size, end = len(self.data), self.data[-TAIL_SIZE:]
             self.tail = TAIL.match(end)
-        self.parse_envelope()
         if not self.tail:
-            raise Unfinished('it has no end')
+            start = self.data.rstrip(b'\0')[:len(HANDLED)]
+            raise (Unfinished('it has no end') if any(
+                known.startswith(start) or start.startswith(known)
+                for known in (b'MAIL FROM:', HANDLED))
+                else Unreadable('it is no mail of smtpproxy'))
+        self.parse_envelope()
         self.checksum = int(self.tail[1], 16)
 
     def read_file(self, file):
@@ -703,17 +718,13 @@ class Mail:
             lines = envelope.decode().split('\r\n')
             if not lines[0].startswith('MAIL FROM:'):
                 raise ValueError('it does not begin with MAIL FROM')
-            if not data:
-                raise Unfinished('it has no DATA')
             frm, self.parameters = smtps.parse_path(lines[0][10:], '5.1.7')
             self.frm = Address(frm)
             self.to = [Address(smtps.parse_path(line[8:], '5.1.3')[0])
                        for line in lines[1:] if line.startswith('RCPT TO:')]
-            if not self.to or len(self.to) + 1 != len(lines):
-                raise ValueError('RCPT TO is missing')
+            if not self.to or len(self.to) + 1 != len(lines) or not data:
+                raise ValueError('its envelope is not whole')
         except (ValueError, smtps.Refused) as error:
-            if not envelope and not data:
-                raise Unfinished('it is empty')
             raise Unreadable(str(error))
 
     def verify(self):
@@ -744,8 +755,8 @@ class Mail:
     def field(self, name):
         """A header field's value for a log line (str)."""
         match = fields_named(name).search(self.header())
-        return '' if not match else ' '.join(match[0].partition(b':')[2].decode(
-            'utf-8', 'replace').split())[:100]
+        value = match[0].partition(b':')[2] if match else b''
+        return ' '.join(value.decode('utf-8', 'replace').split())[:100]
 
     @property
     def msg(self):
@@ -852,7 +863,8 @@ class Spool:
     may work here. Only that process changes anything but asked/.
 
     Time: ids and ages count seconds that this spool has seen with a service
-    running, not the box's clock, which may begin in 1970 and jump."""
+    running, not the box's clock, which may begin in 1970 and jump. They go on
+    where they were: .lock holds the time of the last save()."""
 
     ID = re.compile(r'[0-9a-f]{8}-[0-9a-f]{5}')
     OURS = ('.lock', 'corrupt', 'asked')
@@ -896,6 +908,7 @@ class Spool:
 
     def close(self):
         if self.lock is not None:
+            self.note_time()
             os.close(self.lock)
             self.lock = None
 
@@ -904,6 +917,22 @@ class Spool:
     def now(self):
         """Seconds, in this spool's own time."""
         return self.epoch + self.clock()
+
+    def note_time(self):
+        """Not synced: at worst a mail is kept an hour longer."""
+        try:
+            os.pwrite(self.lock, b'%010d\n' % int(self.now()), 0)
+        except (OSError, TypeError):
+            pass                            # a full disk; a queue command
+
+    def last_time(self, ids):
+        """The latest this spool has seen (seconds), 0 if it never was."""
+        times = [int(id[:8], 16) for id in ids]
+        try:
+            times.append(int(os.pread(self.lock, 10, 0)))
+        except (OSError, ValueError, TypeError):
+            pass
+        return max(times, default=0)
 
     def age(self, id):
         """Seconds that a mail has been here with a service running."""
@@ -923,9 +952,9 @@ class Spool:
         self.drafts.add(id)
         return Draft(self, id, 'mail', frm, to, parameters)
 
-    def load(self, id):
+    def load(self, id, to_send=True):
         """The Mail of an id, None if it is not there. Raises Unfinished,
-        Unreadable or OSError."""
+        Unreadable or OSError. to_send: one found at start is verified."""
         if id in self.delivered:
             return None
         data = self.fresh.pop(id, None)
@@ -937,7 +966,7 @@ class Spool:
             if os.path.exists(os.path.join(self.folder, '.lock')):
                 return None
             raise                       # all of msgs/ is away, not this mail
-        if id < self.first_own:
+        if to_send and id < self.first_own:
             mail.verify()
         self.load_state(mail)
         return mail
@@ -987,6 +1016,7 @@ class Spool:
         mail.has_state = True
         try:
             self.write_state(mail.id, json.dumps(state, indent=1).encode())
+            self.note_time()
             self.unsaved.pop(mail.id, None)
         except OSError as error:
             self.unsaved[mail.id] = state
@@ -1082,9 +1112,10 @@ class Spool:
         """scan(), and goes on in the time of the newest mail: the service's
         time, if there is nothing, begins with the box's."""
         found = self.scan()
-        if found:
-            newest = max(int(id[:8], 16) for id in found)
-            self.epoch = newest + 1 - self.clock()
+        last = self.last_time(found)
+        if found or last > self.now():
+            self.epoch = last + 1 - self.clock()
+        self.note_time()
         self.first_own = '%08x' % int(self.now())
         return found
 
@@ -1096,7 +1127,7 @@ class Spool:
             id, _, kind = name.rpartition('.')
             path = os.path.join(self.folder, name)
             if id in found and kind in ('mail', 'state') or (
-                    name in self.OURS or os.path.isdir(path)):
+                    name in self.OURS or not os.path.isfile(path)):
                 continue
             if self.ID.fullmatch(id) and kind in ('new', 'state'):
                 os.unlink(path)
@@ -1116,10 +1147,13 @@ class Spool:
     def bury(self):
         """Tries again to remove what is delivered."""
         for id in list(self.delivered):
+            try:
+                os.unlink(self.path(id, 'mail'))
+            except FileNotFoundError:
+                pass
+            except OSError:
+                continue                # said already
             self.delivered.discard(id)
-            mail = self.load(id)
-            if mail:
-                self.remove(mail)
 
     # Requests of the queue commands, which may run beside the service.
 
@@ -1177,9 +1211,8 @@ class Intake(smtps.Session):
                   for text in (account.localpassword, password))):
             self.signed_in_as = section
         elif section != 'default' or '@' in user or user == section:
-            log.warning('%s: wrong localpassword for [%s]', self.client,
-                        section)
-            raise smtps.Refused(535, '5.7.8 wrong user name or password')
+            raise smtps.Refused(535, '5.7.8 wrong password for [%s]'
+                                % smtps.printable(section))
 
     def mail(self, sender, parameters):
         section = self.settings.section_for(sender)
@@ -1190,19 +1223,16 @@ class Intake(smtps.Session):
                                     % smtps.printable(sender))
         elif (self.settings.accounts[section].localpassword
                 and self.signed_in_as != section):
-            log.warning('%s: no login as [%s], which its localpassword asks '
-                        'for; answered 530', self.client, section)
-            raise smtps.Refused(530, '5.7.0 sign in to send as this one')
+            raise smtps.Refused(530, '5.7.0 sign in as [%s] to send as this '
+                                'one' % smtps.printable(section))
 
     def explain_unknown(self, sender):
-        """The refusal for the owner, once with what to add to the ini."""
-        log.warning('%s: refused: no account for sender <%s>', self.client,
-                    sender)
+        """What to add to the ini, once."""
         if sender in self.told or len(self.told) > 1000:
             return
         self.told.add(sender)
-        log.warning('to take its mail add this to the ini and reload (or use '
-                    'the name [default]):')
+        log.warning('%s: no account for sender <%s>; to take its mail add '
+                    'this to the ini and reload:', self.client, sender)
         for line in ('[%s]' % (sender or 'default'), 'smtphost=<your '
                      'provider\'s server>', 'smtpsecurity=tls',
                      'smtpport=587', 'smtpusername=<your name there>',
@@ -1267,7 +1297,6 @@ class Incoming(smtps.Receiver):
         if b'\r\n' not in rest and not all_is_there:
             if len(self.head) <= HEADER_LIMIT:
                 return b''
-            rest = b'\r\n'
         if end > HEADER_LIMIT:
             raise smtps.Refused(552, '5.3.4 the header is too large')
         if not rest.startswith(b'\r\n'):
@@ -1283,13 +1312,14 @@ class Incoming(smtps.Receiver):
                       'Received lines; from <%s>, client %s', self.id, HOPS,
                       self.sender, self.client)
             raise smtps.Refused(554, '5.4.6 mail loop')
-        host = smtps.printable(socket.gethostname()) or 'localhost'
+        host = HOST
         now = time.strftime('%a, %d %b %Y %H:%M:%S +0000', time.gmtime())
         client = self.client
-        fields = ['Received: from %s ([%s%s])\r\n\tby %s with %s id %s;\r\n\t%s'
-                  % (smtps.printable(client.hello or '').replace('(', '?')
-                     or 'unknown', 'IPv6:' if ':' in client.address else '',
-                     client.address, host, self.protocol(), self.id, now)]
+        hello = re.sub(r'[^\w.:\[\]-]', '?', client.hello or '', 0, re.ASCII)
+        fields = ['Received: from %s ([%s%s])' % (
+            hello[:64] or 'unknown', 'IPv6:' if ':' in client.address else '',
+            client.address), '\tby %s with %s id %s;' % (
+                host, self.protocol(), self.id), '\t' + now]
         if b'date' not in found:
             fields.append('Date: ' + now)
         if b'message-id' not in found:
@@ -1432,7 +1462,7 @@ class Handlers:
             verdict = handler.handleMessage(
                 message, mail, Callback(message, mail))
             mail.frm, mail.to = self.checked(mail)
-        except (Exception, SystemExit):
+        except BaseException:       # a plug-in's sys.exit() ends no relay
             log.exception('%s: handler %s failed; the mail goes on as it was '
                           'before', mail.id, name)
             return None
@@ -1445,8 +1475,10 @@ class Handlers:
     @staticmethod
     def checked(mail):
         """(frm, to) as Address, fit for an envelope. Raises ValueError."""
-        frm, to = str(mail.frm).strip('<>'), [
-            str(address).strip('<>') for address in mail.to]
+        if isinstance(mail.to, str) or not all(
+                isinstance(a, str) for a in [mail.frm] + list(mail.to)):
+            raise ValueError('mail.to must be a list of str, mail.frm a str')
+        frm, to = mail.frm.strip('<>'), [a.strip('<>') for a in mail.to]
         if not to or not all(to):
             raise ValueError('it left no recipient')
         for address in [frm] + to:
@@ -1541,7 +1573,8 @@ def explain(error, host):
                 host, error.reason or error)
     if isinstance(error, socket.gaierror):
         return 'the name %s is not known: %s' % (host, error.strerror)
-    if isinstance(error, socket.timeout):
+    if isinstance(error, socket.timeout) or isinstance(
+            error.__context__, socket.timeout):
         return '%s does not answer in time' % host
     if hasattr(error, 'smtp_code'):
         return '%s said %d %s' % (host, error.smtp_code,
@@ -1550,8 +1583,9 @@ def explain(error, host):
         return missing_module(error)
     text = getattr(error, 'strerror', None) or (
         error.args[0] if error.args else error)
-    return '%s: %s' % (host, plain(text if isinstance(text, bytes)
-                                   else str(text)))
+    text = plain(text if isinstance(text, bytes) else str(text))
+    return '%s: %s' % (host, 'connection closed' if text == '-ERR EOF'
+                       else text)
 
 
 def certificate_advice(error):
@@ -1752,10 +1786,11 @@ class Courier:
         if account.smtpsecurity == 'ssl':
             extra['context'] = self.tls()
         # Without a name of its own smtplib looks one up, which can take long.
-        smtp = dialogue('smtp', bool(extra))(
+        kind = dialogue('smtp', bool(extra))
+        kind.debuglevel = self.config.debuglevel
+        smtp = kind(
             account.smtphost, account.smtpport, account.localhostname
-            or socket.gethostname(), timeout=CONNECT_TIME, **extra)
-        smtp.set_debuglevel(self.config.debuglevel)
+            or HOST, timeout=CONNECT_TIME, **extra)
         smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return smtp
 
@@ -1765,7 +1800,11 @@ class Courier:
                            account.smtpweaktls)
 
     def hello(self):
-        self.smtp.ehlo_or_helo_if_needed()
+        code, text = self.smtp.ehlo()
+        if code >= 500:
+            code, text = self.smtp.helo()
+        if code >= 300:
+            raise OSError('%d %s' % (code, plain(text)))
 
     def start_tls(self):
         """Never plain text where TLS was asked for. Raises Trouble."""
@@ -1783,14 +1822,26 @@ class Courier:
             code, text = getattr(self, 'auth_' + name.replace('-', '_'))()
             if code == 235:
                 return
-            answers.append('%s: %d %s' % (name, code, plain(text)))
-            if code == 421:
-                break
-            self.smtp.ehlo()
+            answers.append('%s: %d %s' % (
+                name, code, self.without_secrets(plain(text))))
+            try:
+                self.smtp.ehlo()
+            except OSError:
+                break                   # it has hung up
         raise Trouble('login at %s as %s refused (%s): check smtpusername and '
                       'smtppassword' % (self.account.server,
                                         self.account.smtpusername,
                                         '; '.join(answers)))
+
+    def without_secrets(self, text):
+        """Some servers repeat what they were told."""
+        account = self.account
+        for secret in filter(None, (account.smtppassword,
+                                    account.poppassword)):
+            for form in (secret, encoded64(secret), encoded64('\0%s\0%s' % (
+                    account.smtpusername, secret))):
+                text = text.replace(form, '***')
+        return text
 
     def mechanisms(self):
         """Names, best first. Raises Trouble."""
@@ -1842,8 +1893,10 @@ class Courier:
             try:
                 self.pop_login()
             except Exception as error:
-                raise Trouble('POP login: %s' % explain(error, '%s:%d' % (
-                    self.account.pophost, self.account.popport))) from error
+                raise Trouble(self.without_secrets(
+                    'POP login: %s' % explain(error, '%s:%d' % (
+                        self.account.pophost, self.account.popport)))
+                ) from error
             log.info('%s: POP login as %s; waiting %d seconds',
                      self.account.pophost, self.account.popusername,
                      self.config.waitafterpop)
@@ -1860,7 +1913,10 @@ class Courier:
         try:
             pop.user(account.popusername)
             pop.pass_(account.poppassword)
-            pop.quit()
+            try:
+                pop.quit()
+            except Exception:
+                pass                    # we are known there, that is enough
         finally:
             pop.close()
 
@@ -1894,15 +1950,20 @@ class Courier:
             return self.transfer_envelope(mail, report)
         except OSError as error:
             if not self.used or len(report.open) < len(mail.to):
-                if isinstance(error, Closing):
-                    raise Trouble(str(error))
-                raise
+                self.blame(error)
         self.close()
         self.connect()
         try:
             return self.transfer_envelope(mail, report)
-        except Closing as error:
-            raise Trouble(str(error))
+        except OSError as error:
+            self.blame(error)
+
+    def blame(self, error):
+        """A server that ends a fresh connection before it has seen more than
+        a sender has trouble of its own; else the mail may be the cause."""
+        if isinstance(error, Closing):
+            raise Trouble(explain(error, self.account.server))
+        raise error
 
     def transfer_envelope(self, mail, report):
         """MAIL, RCPT, DATA; True if the server wants the content."""
@@ -1913,14 +1974,26 @@ class Courier:
         commands, clean = self.commands(mail), not self.unfinished
         if self.pipelining:
             if self.offered is not mail:
-                self.send(b''.join(commands))
+                self.send(b''.join(commands), True)
             self.offered = None
-            replies = [self.reply() for _ in commands]
+            replies = self.replies_to(commands)
         else:
             replies = self.one_by_one(commands)
         replies = replies if clean else replies[1:]
         self.unfinished = True
         return self.judge_envelope(mail, report, replies)
+
+    def replies_to(self, commands):
+        """[(code, text)] of pipelined commands."""
+        replies = []
+        for command in commands:
+            try:
+                replies.append(self.reply())
+            except Closing as error:
+                if command[:4] in (b'RCPT', b'DATA'):
+                    raise OSError(str(error))
+                raise
+        return replies
 
     def one_by_one(self, commands):
         """Replies to commands, for servers without PIPELINING; what makes no
@@ -1932,8 +2005,8 @@ class Courier:
                     verb == b'DATA' and not accepted):
                 replies.append((503, 'not asked'))
                 continue
-            self.send(command)
-            replies.append(self.reply())
+            self.send(command, True)
+            replies += self.replies_to([command])
             fine = replies[-1][0] < 300
             refused = refused or verb == b'MAIL' and not fine
             accepted = accepted or verb == b'RCPT' and fine
@@ -1999,7 +2072,9 @@ class Courier:
         report.settle_all(code, text)
         self.close()
 
-    def send(self, data):
+    def send(self, data, commands=False):
+        if commands and self.config.debuglevel:
+            log.info('smtp %s: send: %s', self.account.smtphost, plain(data))
         if self.smtp.sock.gettimeout() < REPLY_TIME - 1:
             self.smtp.sock.settimeout(REPLY_TIME)
         self.smtp.sock.sendall(data)
@@ -2008,9 +2083,10 @@ class Courier:
         """(code, text in one line). Raises OSError; Closing on a 421."""
         self.smtp.reply_time = seconds
         code, text = self.smtp.getreply()
+        text = self.without_secrets(plain(text))
         if code == 421 and seconds == REPLY_TIME:
-            raise Closing('%s said 421 %s' % (self.account.server, plain(text)))
-        return code, plain(text)
+            raise Closing('421 ' + text)
+        return code, text
 
     def needs_utf8(self, mail):
         """RFC 6531: something that only an SMTPUTF8 server understands."""
@@ -2064,7 +2140,7 @@ class Lane:
         self.ready = collections.deque()        # ids
         self.workers = 0
         self.limit = account.smtpconnections
-        self.closed = False
+        self.proven = self.closed = False       # proven: the server works
         self.failures, self.held_until, self.problem = 0, 0.0, ''
 
     def put(self, id, first=False):
@@ -2076,7 +2152,7 @@ class Lane:
         """put(), if somebody is there to take it and need not be helped."""
         with self.changed:
             if self.closed or not self.workers or (
-                    self.workers < self.limit
+                    self.proven and self.workers < self.limit
                     and len(self.ready) >= self.workers * BACKLOG):
                 return False
             self.ready.append(id)
@@ -2101,13 +2177,15 @@ class Lane:
         with self.changed:
             self.workers -= 1
             self.limit = max(1, self.workers)
+            self.proven = self.proven and self.workers > 0
             return not self.workers
 
     def wants_worker(self):
         """Counts one more in, if the mails that wait are worth it."""
         with self.changed:
             if self.closed or self.workers >= self.limit or (
-                    len(self.ready) <= self.workers * BACKLOG):
+                    len(self.ready) <= self.workers * BACKLOG
+                    or self.workers and not self.proven):
                 return False
             self.workers += 1
             return True
@@ -2138,7 +2216,8 @@ class Relay:
         self.asked = set()          # ids to be tried even if they are parked
         self.later = []             # heap of (when, id)
         self.lanes = {}             # Account -> Lane
-        self.in_flight = set()      # ids that lanes work on
+        self.waiting = set()        # ids in lanes or later, or in flight: no
+        self.in_flight = set()      # mail is in two places; in a lane's hands
         self.last_look = clock()
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, name='relay',
@@ -2151,8 +2230,12 @@ class Relay:
         there at once, which spares two changes of threads."""
         lane = None if self.handlers.enabled else self.lanes.get(
             self.settings.account_for(sender))
-        if not (lane and lane.join(id)):
-            self.inbox.put(functools.partial(self.route, id, sender))
+        if lane:
+            self.waiting.add(id)
+            if lane.join(id):
+                return
+            self.waiting.discard(id)
+        self.inbox.put(functools.partial(self.route, id, sender))
 
     def reload(self, settings, handlers):
         """New settings; all that waits is tried at once."""
@@ -2207,7 +2290,8 @@ class Relay:
             return self.inbox.get_nowait()
         except queue.Empty:
             if self.unrouted:
-                return functools.partial(self.route, self.unrouted.popleft())
+                return functools.partial(
+                    self.route_found, self.unrouted.popleft())
         return None
 
     def look_round(self):
@@ -2217,7 +2301,9 @@ class Relay:
         for path, id, what in self.spool.asked():
             self.fulfil(path, id, what)
         while self.later and self.later[0][0] <= now:
-            self.route(heapq.heappop(self.later)[1])
+            _, id = heapq.heappop(self.later)
+            self.waiting.discard(id)
+            self.route(id)
         for lane in self.lanes.values():
             if lane.held_until and lane.held_until <= now:
                 lane.held_until = 0.0
@@ -2227,30 +2313,31 @@ class Relay:
         """All over: everything on disk, parked or not."""
         self.settings, self.handlers = settings, handlers
         for account, lane in list(self.lanes.items()):
-            lane.empty()
+            self.waiting.difference_update(lane.empty())
             lane.failures, lane.held_until = 0, 0.0
             if account not in settings.accounts.values():
                 self.lanes.pop(account).close()
+        self.waiting.difference_update(id for _, id in self.later)
         self.later.clear()
-        self.unrouted.clear()
-        found = self.spool.scan()
-        self.asked.update(found)
-        self.unrouted.extend(found)
+        found = [id for id in self.spool.scan() if id not in self.waiting]
+        self.asked = set(found)
+        self.unrouted = collections.deque(found)
 
     # From the spool to a lane.
 
     def route(self, id, sender=None):
         """Puts a mail into its account's lane. sender: known already, so
         that a fresh mail need not be read for it."""
-        if id in self.in_flight:
+        if id in self.waiting:
             return
         if sender is None or self.handlers.enabled:
-            mail = self.load(id)
+            mail = self.load(id, to_send=False)
             if mail is None or mail.parked and id not in self.asked:
                 return
             if not mail.handled and not self.handle(mail):
                 return
             sender = mail.frm
+        self.asked.discard(id)
         account = self.settings.account_for(sender)
         if account is None:
             self.settle_homeless(id)
@@ -2258,16 +2345,22 @@ class Relay:
         lane = self.lanes.get(account)
         if lane is None:
             lane = self.lanes[account] = Lane(account, self.clock)
+        self.waiting.add(id)
         lane.put(id)
-        if lane.held_until:
+        if lane.held_until and not self.unrouted:
             log.info('%s: waits with %d more for %s: %s', id,
                      len(lane.ready) - 1, account.server, lane.problem)
         self.staff(lane)
 
-    def load(self, id):
+    def route_found(self, id):
+        """A mail that was listed a while ago may be delivered by now."""
+        if os.path.exists(self.spool.path(id, 'mail')):
+            self.route(id)
+
+    def load(self, id, to_send=True):
         """The Mail, None if it can't be had; that is then dealt with."""
         try:
-            mail = self.spool.load(id)
+            mail = self.spool.load(id, to_send)
             if mail is None and id not in self.spool.delivered:
                 log.warning('%s: its file is gone, somebody removed it', id)
             return mail
@@ -2326,20 +2419,33 @@ class Relay:
     # In a lane's thread.
 
     def work(self, lane):
-        """Delivers what waits in a lane over one connection."""
+        """The life of a lane's thread."""
         courier = Courier(lane.account, lane, self.settings.config,
                           self.stopping.wait)
+        try:
+            self.deliver_all(lane, courier)
+        except Exception:
+            log.exception('%s: a thread of this account ends by an error, '
+                          'its mail is tried again at the next start or '
+                          'reload', lane.account.server)
+            lane.leave()
+        courier.close(politely=True)
+
+    def deliver_all(self, lane, courier):
+        """Delivers what waits in a lane over one connection."""
         mail = self.next_mail(lane, LINGER)
         while mail:
             report = courier.deliver(
                 mail, functools.partial(self.next_mail, lane, 0))
             if report.trouble:
                 self.report_trouble(lane, mail, report)
-                break
+                return
             lane.failures = 0
             self.settle(mail, report)
+            if not lane.proven:
+                lane.proven = True
+                self.inbox.put(functools.partial(self.staff, lane))
             mail = courier.upcoming or self.next_mail(lane, LINGER)
-        courier.close(politely=True)
 
     def next_mail(self, lane, patience):
         """The next Mail of a lane, or None."""
@@ -2351,18 +2457,23 @@ class Relay:
             mail = self.load(id)
             if mail:
                 return mail
-            self.in_flight.discard(id)
+            self.let_go(id)
         return None
+
+    def let_go(self, id):
+        self.waiting.discard(id)
+        self.in_flight.discard(id)
 
     def report_trouble(self, lane, mail, report):
         """The account's server can't be used: if it is used by another of
         its connections, this one was one too many."""
         if lane.leave():
+            self.in_flight.discard(mail.id)
             self.inbox.put(functools.partial(self.hold, lane, mail, report))
             return
         log.info('%s: %d connections to %s are all it takes now: %s', mail.id,
                  lane.workers, lane.account.server, *report.later.values())
-        self.in_flight.discard(mail.id)
+        self.let_go(mail.id)
         self.inbox.put(functools.partial(self.route, mail.id, mail.frm))
 
     # What a failure means: the only place that knows.
@@ -2372,21 +2483,24 @@ class Relay:
         account = self.settings.account_for(mail.frm)
         for reply, recipients in grouped(report.sent):
             log.info('%s: sent to %s by %s: %s', mail.id, listed(recipients),
-                     account.server, reply)
+                     account.server if account else '-', reply)
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
+        self.let_go(mail.id)
         if report.later or mail.refused:
             self.settle_failure(mail, report)
         else:
             self.spool.remove(mail)
-        self.in_flight.discard(mail.id)
 
     def settle_failure(self, mail, report):
         failed = dict(mail.refused, **report.later)
+        account = self.settings.account_for(mail.frm)
         why = '; '.join('%s for %s' % (reply, listed(recipients))
                         for reply, recipients in grouped(failed))
+        if account and account.server not in why:
+            why = '%s said %s' % (account.server, why)
         mail.tries += 1
-        mail.problem, mail.handled = why, True
+        mail.problem, mail.handled, mail.parked = why, True, False
         mail.account_trouble = report.trouble
         if self.settings.config.deleteonerror:
             log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
@@ -2418,6 +2532,7 @@ class Relay:
         lane.problem = mail.problem = next(iter(report.later.values()))
         mail.tries, mail.due = lane.failures, time.time() + wait
         mail.account_trouble = mail.handled = True
+        mail.parked = False
         self.park_expired(lane)
         if self.is_expired(mail.id):
             self.park(mail, 'not delivered in %d days'
@@ -2428,7 +2543,6 @@ class Relay:
                         'seconds, %d more mails wait for it', mail.id,
                         mail.problem, mail.tries, wait, len(lane.ready))
             lane.put(mail.id, first=True)
-        self.in_flight.discard(mail.id)
 
     def park_expired(self, lane):
         for id in lane.empty():
@@ -2444,6 +2558,7 @@ class Relay:
         """Keeps a mail until the owner asks for another try."""
         mail.to += [Address(a) for a in mail.refused]
         mail.refused, mail.parked, mail.due = {}, True, 0.0
+        self.waiting.discard(mail.id)
         self.spool.save(mail)
         log.error('%s: %s, kept in msgs/ but not tried again by itself: %s; '
                   '%s; --retry %s sends it again, --delete %s removes it',
@@ -2477,8 +2592,12 @@ class Relay:
 
     def put_off(self, id, seconds):
         """Any thread may call this."""
+        self.waiting.add(id)
         self.inbox.put(functools.partial(
-            heapq.heappush, self.later, (self.clock() + seconds, id)))
+            self.remember, self.clock() + seconds, id))
+
+    def remember(self, when, id):
+        heapq.heappush(self.later, (when, id))
 
     # What the queue commands ask for.
 
@@ -2516,6 +2635,7 @@ class Relay:
                     lane.put(other)
         self.later = [entry for entry in self.later if entry[1] != id]
         heapq.heapify(self.later)
+        self.waiting.discard(id)
         if id in self.unrouted:
             self.unrouted.remove(id)
 
@@ -2543,11 +2663,20 @@ class Proxy:
     def __init__(self, settings):
         self.settings = settings
         self.spool = Spool(settings.config.msgdir)
-        self.server = smtps.Server(self.make_session, hostname=(
-            smtps.printable(socket.gethostname())))
+        self.server = smtps.Server(self.make_session, hostname=HOST)
 
     def start(self):
         """Raises StartError; then nothing was touched."""
+        try:
+            self.prepare()
+        except BaseException:
+            self.server.stop(0)
+            self.spool.close()
+            raise
+        self.relay.start(self.found)
+        self.server.start()
+
+    def prepare(self):
         config = self.settings.config
         self.server.limits = self.limits(self.settings)
         self.listen(config.host, config.port)
@@ -2556,16 +2685,14 @@ class Proxy:
         self.hand_over_files()
         self.drop_rights()
         open_log(self.settings)
-        found = self.open_spool()
+        self.found = self.open_spool()
         for warning in self.settings.warnings:
             log.warning('%s', warning)
         self.handlers = Handlers(self.settings)
         self.relay = Relay(self.spool, self.settings, self.handlers)
         log.info('smtpproxy %s listens on %s; accounts: %d, mails in %s: %d',
                  VERSION, self.ports(), len(self.settings.accounts),
-                 config.msgdir, len(found))
-        self.relay.start(found)
-        self.server.start()
+                 config.msgdir, len(self.found))
 
     def ports(self):
         return 'port ' + ', '.join(sorted({
@@ -2600,6 +2727,27 @@ class Proxy:
         return smtps.Limits(
             config.maxsize, config.maxconnections, config.timeout,
             Networks(config.allow).__contains__, tls)
+
+    # What --check tries without starting.
+
+    def check_tls(self):
+        self.limits(self.settings)
+
+    def check_ports(self):
+        config = self.settings.config
+        for port in filter(None, (config.port, config.tlsport)):
+            try:
+                self.listen(config.host, port)
+            except StartError as error:
+                if 'is taken' not in str(error):    # perhaps by ourselves
+                    raise
+
+    def check_folder(self):
+        folder = self.settings.config.msgdir
+        there = folder if os.path.exists(folder) else os.path.dirname(folder)
+        if not os.access(there, os.W_OK | os.X_OK):
+            raise StartError('%s cannot be used: user %d may not write to %s'
+                             % (folder, os.getuid(), there))
 
     def hand_over_files(self):
         """What root made belongs to the user that we become."""
@@ -2718,10 +2866,13 @@ def check(settings, options):
             if value != Account._field_defaults[key]:
                 print('    %s = %s' % (key, masked(key, value)))
     problems = []
-    try:
-        Proxy.limits(settings)
-    except StartError as error:
-        problems.append(str(error))
+    proxy = Proxy(settings)
+    for step in proxy.check_tls, proxy.check_ports, proxy.check_folder:
+        try:
+            step()
+        except StartError as error:
+            problems.append(str(error))
+    proxy.server.stop(0)
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
         print('handler %s is enabled' % name)
@@ -2735,7 +2886,7 @@ def check(settings, options):
 
 def mails(spool):
     """The mails that wait, oldest first."""
-    for id in spool.scan():
+    for id in spool.scan() if os.path.isdir(spool.folder) else ():
         try:
             mail = spool.load(id)
         except (Unfinished, Unreadable, OSError):
@@ -2814,6 +2965,8 @@ def ask(settings, options):
 
 def ask_service(spool, id, what, sleeptime):
     """Waits until the service has done it."""
+    print('the service is asked, it looks every %d seconds' % sleeptime,
+          flush=True)
     path = spool.ask(id, what)
     end = time.monotonic() + sleeptime + 5
     while os.path.exists(path):
@@ -3027,10 +3180,11 @@ def start_over():
     of modules only: to compile this script takes 6 MB that an idle box would
     never get back (measured: 17 of them, 10 as a module)."""
     plain = getattr(sys, 'orig_argv', [''])[1:] == sys.argv
-    if plain and sys.executable and not sys.flags.dont_write_bytecode:
+    if plain and sys.executable and not sys.flags.dont_write_bytecode and (
+            hasattr(sys.flags, 'safe_path')):   # -P, or the cwd's modules run
         path = os.pathsep.join(filter(None, [
             HOME, os.environ.get('PYTHONPATH')]))
-        os.execve(sys.executable, [sys.executable, '-m', 'smtpproxy']
+        os.execve(sys.executable, [sys.executable, '-P', '-m', 'smtpproxy']
                   + sys.argv[1:], dict(os.environ, PYTHONPATH=path))
 
 
@@ -3044,8 +3198,9 @@ def serve(settings):
     proxy = Proxy(settings)
     proxy.start()
     for warning in settings.warnings:
-        say(warning)
-    print('smtpproxy %s listens on %s' % (VERSION, proxy.ports()), flush=True)
+        if not sys.stderr.isatty():     # there the log has shown it
+            say(warning)
+    say('%s listens on %s' % (VERSION, proxy.ports()), sys.stdout)
     while signals.get() == signal.SIGHUP:
         proxy.reload()
     proxy.stop()

@@ -102,7 +102,12 @@ class Silence(Goodbye):
 
 
 class Gone(Exception):
-    """The client is not there any more."""
+    """The client is not there any more, or we are not for it. level: int,
+    how much that is the owner's business."""
+
+    def __init__(self, text, level=logging.DEBUG):
+        super().__init__(text)
+        self.level = level
 
 
 # --- Session: the hooks -----------------------------------------------------
@@ -173,7 +178,9 @@ class DataReader:
 
     END = b'\r\n.\r\n'
     LINE_END = re.compile(rb'\r{0,2}\n|\r')
-    LONE_DOT = re.compile(rb'\r\n\.(?=\r\n|\Z)')
+    # There are servers that drop NUL before they look.
+    LONE_DOT = re.compile(rb'\r\n(?=\0*\.\0*(?:\r\n|\Z))')
+    OPEN_END = re.compile(rb'(?:\r{1,2}\0*(?:\.[\0\r]*)?)?\Z')
 
     def __init__(self):
         # The line end of DATA itself counts: an empty mail is '.' CRLF. So
@@ -183,16 +190,18 @@ class DataReader:
         self.size, self.rest = 0, None
 
     def feed(self, data):
-        """Takes bytes (str of wire) until rest is not None."""
-        self.size += len(data)
+        """Takes bytes until rest is not None."""
         data = self.held + data
         cut = data.find(self.END)
         if cut >= 0:
             self.held, self.rest = b'', data[cut + len(self.END):]
-            self.size -= len(self.rest) + 3     # the dot's line
+            self.size += 2
         else:
             cut = self._undecided(data)
             self.held = data[cut:]
+        self.size += cut - self.leave_out if cut else 0
+        if cut and self.rest is not None and data[cut - 1:cut] == b'\r':
+            cut -= 1                    # CR CR LF
         piece = self._normalised(data[:cut])
         if piece:
             self.pieces.append(piece[self.leave_out:])
@@ -208,10 +217,11 @@ class DataReader:
 
     def _undecided(self, data):
         """Where in data the last line begins, together with the line end
-        before it; of a very long line only what may become a line end."""
+        before it; of a very long line only what may become a lone dot."""
         cut = data.rfind(b'\n')
         if cut < 0 or len(data) - cut > LONG_LINE:
-            cut = len(data)
+            return self.OPEN_END.search(
+                data, max(0, len(data) - LONG_LINE)).start()
         earliest = max(cut - 2, 0)
         while cut > earliest and data[cut - 1:cut] == b'\r':
             cut -= 1
@@ -221,10 +231,10 @@ class DataReader:
         """piece with every line end a CRLF; most need no change."""
         ends = piece.count(b'\n')
         if (ends == piece.count(b'\r\n') == piece.count(b'\r')
-                and not piece.endswith(b'\n.')):
+                and b'\0' not in piece and not piece.endswith(b'\n.')):
             return piece
         return self.LONE_DOT.sub(
-            b'\r\n..', self.LINE_END.sub(b'\r\n', piece))
+            b'\r\n.', self.LINE_END.sub(b'\r\n', piece))
 
 
 # --- Connection: one conversation -------------------------------------------
@@ -241,7 +251,7 @@ PARAMETERS = frozenset(
     'CONNEG ALT-ADDRESS'.split())
 
 PATH = re.compile(r'''
-    \s* (?: [^<>]* < \s* (?: @[^:<>]*: )?             # Name <@relay:
+    (?: [^<>]* < (?: @[^:<>]*: )?                     # Name <@relay:
          (?P<bracketed> (?: "(?:[^"\\]|\\.)*" | [^<>"] )* ) >
        | (?P<bare> \S+ ) )
     (?P<parameters> (?: \s .* )? ) $''', re.VERBOSE | re.DOTALL)
@@ -252,11 +262,11 @@ QUOTED = re.compile(r'^"(?:[^"\\]|\\.)*"(?=@|$)')
 def parse_path(text, status):
     """('a@b', {'SIZE': '1'}) of '<a@b> SIZE=1', in any of the dialects that
     devices speak. status: the X.Y.Z of a refusal. Raises Refused."""
-    match = PATH.match(text)
+    match = PATH.match(text.strip())
     if not match:
         raise Refused(501, status + ' give the address as <user@domain>')
     address = match['bare'] or match['bracketed'].strip()
-    if '\udc80' <= max(address, default='') <= '\udcff':
+    if re.search('[\ud800-\udfff]', address):
         raise Refused(553, '5.6.7 the address is neither ASCII nor UTF-8')
     if UNFIT.search(QUOTED.sub('', address)) or re.search(
             r'[\x00-\x1f\x7f]', address):
@@ -337,8 +347,8 @@ class Connection:
             self.reply(220, '%s ESMTP ready' % self.server.hostname)
             self.input = yield from self.receive()
             if self.input[:2] == b'\x16\x03':
-                raise Gone('speaks TLS to a port without: that is what '
-                           'tlsport is for, or set it to STARTTLS or none')
+                raise Gone('speaks TLS from the start: that is for tlsport; '
+                           'here only STARTTLS or none', logging.WARNING)
             while not self.leaving:
                 yield from self.obey()
             yield from self.flush()
@@ -349,8 +359,7 @@ class Connection:
             with suppress_socket_errors():
                 self.sock.send(b''.join(self.replies))
         except Gone as gone:
-            log.log(logging.WARNING if str(gone).startswith('speaks')
-                    else logging.DEBUG, '%s: %s', self.client, gone)
+            log.log(gone.level, '%s: %s', self.client, gone)
         except Exception:
             log.exception('%s: conversation ended by an error', self.client)
         finally:
@@ -358,20 +367,24 @@ class Connection:
 
     def obey(self):
         """One command and its reply."""
+        verb = None
         try:
             verb, argument = yield from self.read_command()
             waiting = getattr(self, 'do_' + verb)(argument)
             if waiting is not None:
                 yield from waiting
         except Refused as no:
-            self.refuse(no)
+            self.refuse(no, verb)
         except (Goodbye, Gone, GeneratorExit):
             raise
         except Exception:
             log.exception('%s: answered 451', self.client)
             self.refuse(Refused(451, '4.3.0 an error here; try again later'))
 
-    def refuse(self, no):
+    def refuse(self, no, verb=None):
+        log.log(logging.WARNING if verb in ('MAIL', 'RCPT', 'DATA', 'AUTH')
+                else logging.DEBUG, '%s: answered %s with %s', self.client,
+                verb, no)
         self.reply(no.code, no.text)
         self.errors += no.code >= 500
         if self.errors > ERRORS:
@@ -385,7 +398,7 @@ class Connection:
             log.debug('%s: %s', self.client, 'AUTH ...' if verb == 'AUTH'
                       else printable(verb) + ' ' + ascii(argument)[1:-1])
         if verb in WEB:
-            raise Gone('speaks HTTP, this is a mail server')
+            raise Gone('speaks HTTP, this is for mail', logging.WARNING)
         if verb not in VERBS:
             raise Refused(500, '5.5.2 unknown command ' + printable(verb))
         return verb, argument.strip()
@@ -460,16 +473,18 @@ class Connection:
         none of them at the desk. Raises Gone."""
         import ssl
         yield AWAY
-        self.want_read = ssl.SSLWantReadError
-        self.want_write = ssl.SSLWantWriteError
         try:
             self.sock = context.wrap_socket(
                 self.sock, server_side=True, do_handshake_on_connect=False)
+            self.want_read = ssl.SSLWantReadError
+            self.want_write = ssl.SSLWantWriteError
             for want in self.attempt(READ, self.sock.do_handshake):
                 yield want
                 yield AWAY
         except (OSError, ValueError, Gone) as error:
-            raise Gone('no TLS: %s' % error)
+            raise Gone('no TLS with this client: %s' % error,
+                       logging.WARNING if 'SSL' in str(error)
+                       else logging.DEBUG)
         self.client.secure = True
 
     # The verbs.
@@ -735,6 +750,8 @@ class Server:
     def stop(self, grace=8.0):
         """No new clients; who is between the final dot and the 250 gets it,
         within grace seconds; all others a 421. Returns when done."""
+        if self._stopping:
+            return
         self._stopping = True
         self._ringer.send(b'.')
         end = time.monotonic() + grace
@@ -742,8 +759,13 @@ class Server:
             thread.join(max(0.0, end - time.monotonic()))
         for sock in self.listeners + [self._bell, self._ringer]:
             sock.close()
-        os.close(self._spare)
+        self._drop_spare()
         self._selector.close()
+
+    def _drop_spare(self):
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            os.close(spare)
 
     # The team.
 
@@ -847,8 +869,10 @@ class Server:
         now = time.monotonic()
         for connection in list(self._connections):
             if connection.watched and connection.deadline <= now:
-                self._step(connection, Silence(
+                away = self._step(connection, Silence(
                     '4.4.2 silent for %d seconds' % connection.patience))
+                if away:
+                    self._ready.append(functools.partial(lambda c: c, away))
         self._look_round = min(
             (c.deadline if c.deadline > now else now + c.patience
              for c in list(self._connections)), default=FOREVER)
@@ -873,8 +897,13 @@ class Server:
             return None
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection = Connection(self, sock, (address, peer[1]),
-                                self.limits.tls if tls else None)
+        try:
+            connection = Connection(self, sock, (address, peer[1]),
+                                    self.limits.tls if tls else None)
+        except Exception:
+            log.exception('%s: no session for this client', address)
+            sock.close()
+            return None
         connection.step = functools.partial(self._step, connection)
         self._connections.add(connection)
         log.debug('%s: connected', connection.client)
@@ -910,15 +939,14 @@ class Server:
         """No descriptor left for a client: the spare one serves to say so.
         Else it would wait unanswered, and we would spin."""
         log.error('a client is turned away: %s', error)
+        self._drop_spare()
         try:
-            os.close(self._spare)
             sock, _ = listener.accept()
-            sock.send(b'421 4.3.2 no resources for you, try again later\r\n')
-            sock.close()
+            with sock:
+                sock.send(b'421 4.3.2 no room for you, try again later\r\n')
+            self._spare = os.open(os.devnull, os.O_RDONLY)
         except OSError:
             time.sleep(0.1)
-        with suppress_socket_errors():
-            self._spare = os.open(os.devnull, os.O_RDONLY)
 
 
 # --- Alone: print what comes ------------------------------------------------

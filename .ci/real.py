@@ -88,7 +88,7 @@ class Proxy:
             **(config or {})}
         self.command = command or [
             sys.executable, '-X', 'dev', str(PROGRAM / 'smtpproxy.py'),
-            '--config', str(self.ini)]
+            '--config', 'smtpproxy.ini']
         self.forbidden = ['Traceback', 'ResourceWarning', PASSWORD,
                           LOCAL_PASSWORD]
         self.write(accounts)
@@ -804,10 +804,14 @@ class Off(MailHandler):
 
 def main():
     global servers
-    # unittest takes any other way to end for one more failed test.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+    def ended(*_):
+        servers.stop()
+        os._exit(1)     # unittest takes an exception for one more failed test
+
     with tempfile.TemporaryDirectory(prefix='real.') as folder:
         servers = Servers(folder, os.environ['EXIM'])
+        signal.signal(signal.SIGTERM, ended)
         servers.start()
         try:
             unittest.main()

@@ -1,0 +1,328 @@
+"""What the owner asks on the command line, with and without a service."""
+import contextlib
+import io
+import json
+import os
+import sys
+import unittest
+from unittest import mock
+
+import smtpproxy
+from tests.case import A, B, OTHER, SENDER, ProxyCase
+
+LATER = '451 4.3.0 come again'
+REWRITE = '''\
+from MailHandler import MailHandler
+
+class Rewrite(MailHandler):
+    def isEnabled(self):
+        return True
+    def setLogger(self, logger):
+        self.logger = logger
+    def handleMessage(self, message, mail, callback):
+        self.logger.log('at work')
+        if 'drop' in message['subject']:
+            return False
+        callback.setTo('new@example.org')
+        mail.msg = mail.msg.replace(b'hello', b'good bye')
+        return True
+'''
+
+
+class CommandCase(ProxyCase):
+
+    def command(self, *arguments):
+        """Runs a command; returns (exit code, stdout, stderr)."""
+        out = io.TextIOWrapper(io.BytesIO(), 'utf-8', newline='\n')
+        err = io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = smtpproxy.main(
+                ['--config', self.path('smtpproxy.ini'), *arguments])
+        out.flush()
+        return code, out.buffer.getvalue().decode(), err.getvalue()
+
+    def succeed(self, *arguments):
+        """stdout of a command that does what it is asked."""
+        code, out, err = self.command(*arguments)
+        self.assertEqual((0, ''), (code, err), out)
+        return out
+
+    def fail_with(self, *arguments):
+        """The one line of a command that can't."""
+        code, out, err = self.command(*arguments)
+        self.assertEqual((1, '', 1), (code, out, err.count('\n')), err)
+        return err
+
+    def waiting(self, reply=LATER, **options):
+        """A service with a mail that could not be delivered: its id."""
+        self.upstream.script['RCPT TO:<b@'] = reply
+        self.start(**options)
+        id = self.submit(b'Subject: x\r\nBcc: c@d\r\n\r\n..hello\r\n',
+                         to=(A, B))
+        self.assertLogged(id, 'come again')
+        self.upstream.script.clear()
+        return id
+
+    def queue(self):
+        return json.loads(self.succeed('--queue', '--json'))
+
+
+class Queue(CommandCase):
+
+    def test_what_waits_is_shown_with_and_without_the_service(self):
+        id = self.waiting(config={'sleeptime': 600})
+
+        for running in True, False:
+            with self.subTest(running=running):
+                if not running:
+                    self.stop()
+                table = self.succeed('--queue')
+                self.assertRegex(table, (
+                    r'(?m)^%s +00:00:0\d +\d+ +1 +\d{4}-\d\d-\d\d '
+                    r'\d\d:\d\d:\d\d +<%s> -> <%s>: .*451 4.3.0 come again'
+                    % (id, SENDER, B)))
+                self.assertIn('1 mails', table)
+                self.assertNotIn(A, table)
+
+    def test_a_script_gets_the_same_as_json(self):
+        id = self.waiting(config={'sleeptime': 600})
+
+        for running in True, False:
+            with self.subTest(running=running):
+                if not running:
+                    self.stop()
+                row, = self.queue()
+                self.assertEqual((id, SENDER, [B], 1, False), (
+                    row['id'], row['sender'], row['recipients'],
+                    row['tries'], row['parked']))
+                self.assertIn('come again', row['error'])
+                self.assertLess(row['age'], 60)
+                self.assertRegex(row['next'], r'^\d{4}-\d\d-\d\d ')
+
+    def test_what_is_parked_says_so(self):
+        self.waiting('550 5.1.1 never come again')
+
+        self.assertIn(' parked ', self.succeed('--queue'))
+        row, = self.queue()
+        self.assertEqual((True, None), (row['parked'], row['next']))
+
+    def test_nothing_waits(self):
+        self.ini()
+
+        self.assertIn('0 mails', self.succeed('--queue'))
+        self.assertEqual([], self.queue())
+
+    def test_looking_changes_nothing(self):
+        self.waiting()
+        self.stop()
+        self.write('msgs/junk.mail', 'not ours')
+        before = sorted(os.listdir(self.path('msgs')))
+
+        self.succeed('--queue')
+
+        self.assertEqual(before, sorted(os.listdir(self.path('msgs'))))
+
+    def test_ids_are_oldest_first(self):
+        self.upstream.script['MAIL'] = LATER
+        self.start()
+        ids = [self.submit() for _ in range(3)]
+
+        self.assertEqual(ids, [row['id'] for row in self.queue()])
+
+
+class Retry(CommandCase):
+
+    def setUp(self):
+        """The service looks for requests at once, not after sleeptime."""
+        super().setUp()
+        ask = smtpproxy.Spool.ask
+
+        def ask_at_once(spool, id, what):
+            path, relay = ask(spool, id, what), self.proxy.relay
+            relay.inbox.put(relay.look_round)
+            return path
+        patch = mock.patch.object(smtpproxy.Spool, 'ask', ask_at_once)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_a_running_service_tries_a_parked_mail_now(self):
+        for what in 'ID', 'all':
+            with self.subTest(what):
+                count = len(self.upstream.mails)
+                id = self.waiting('550 5.1.1 never come again')
+                self.assertLogged(id, 'kept in msgs/')
+                self.assertIn('now', self.succeed(
+                    '--retry', id if what == 'ID' else 'all'))
+                self.assertDelivered([B], count + 2)
+                self.assertSpooled(0)
+                self.stop()
+
+    def test_without_a_service_the_next_start_tries_it(self):
+        id = self.waiting('550 5.1.1 never come again')
+        self.stop()
+        self.assertIn('starts', self.succeed('--retry', id))
+
+        self.start()
+
+        self.assertDelivered([B], 2)
+
+    def test_a_parked_mail_stays_parked_over_a_restart(self):
+        self.waiting('550 5.1.1 never come again')
+        self.stop()
+        self.start()
+        self.submit()
+        self.assertDelivered([A], 2)
+
+        self.assertEqual([True], [row['parked'] for row in self.queue()])
+
+    def test_an_id_that_is_not_there_is_named(self):
+        self.waiting()
+        for option in '--retry', '--delete', '--show':
+            for id in '00000000-00000', '../../x', '', 'x.mail':
+                with self.subTest(option + id):
+                    if id:
+                        self.assertIn(id, self.fail_with(option, id))
+        self.assertSpooled(1)
+
+
+class Delete(CommandCase):
+
+    def test_a_running_service_deletes_a_mail(self):
+        id = self.waiting(config={'sleeptime': 1})
+
+        self.assertIn('deleted', self.succeed('--delete', id))
+
+        self.assertEqual([], self.spooled())
+        self.assertLogged('INFO', id, 'deleted', SENDER, B)
+
+    def test_without_a_service_it_is_deleted_at_once(self):
+        id = self.waiting()
+        self.stop()
+
+        self.assertIn('deleted', self.succeed('--delete', id))
+
+        self.assertEqual([], [name for name in os.listdir(self.path('msgs'))
+                              if name.startswith(id)])
+
+    def test_never_all_at_once(self):
+        self.waiting()
+
+        self.assertIn('all', self.fail_with('--delete', 'all'))
+        self.assertSpooled(1)
+
+
+class Show(CommandCase):
+
+    def test_the_mail_is_shown_as_it_would_be_sent(self):
+        id = self.waiting(accounts={SENDER: self.account(
+            returnpath='bounce@me', replyto='me@me',
+            smtpusername='x', smtppassword='secret')})
+
+        shown = self.succeed('--show', id)
+
+        sent = self.upstream.wait()[0].data.decode()
+        self.assertEqual(sent, shown)
+        self.assertIn('\r\nReply-To: me@me\r\n', shown)
+        self.assertTrue(shown.endswith('\r\n\r\n..hello\r\n'), shown)
+        self.assertNotIn('Bcc', shown)
+
+
+class Check(CommandCase):
+
+    def test_a_good_ini_shows_its_accounts_without_secrets(self):
+        self.ini(accounts={SENDER: self.account(
+            smtpusername='me', smtppassword='hush', localpassword='hush'),
+            OTHER: {'use': SENDER}})
+
+        out = self.succeed('--check')
+
+        for word in ('[%s]' % SENDER, '[%s]' % OTHER, "smtpusername = 'me'",
+                     'smtppassword = ***', 'would start'):
+            self.assertIn(word, out)
+        self.assertEqual(2, out.count('smtphost'))
+        self.assertNotIn('hush', out)
+
+    def test_every_mistake_is_named_and_nothing_is_touched(self):
+        self.ini({'port': 'x', 'allow': 'y'}, {SENDER: {'smtport': 1}})
+
+        code, _, err = self.command('--check')
+
+        self.assertEqual(1, code)
+        for word in ('[config] port', '[config] allow', 'smtpport?',
+                     '[%s] smtphost is missing' % SENDER):
+            self.assertIn(word, err)
+        self.assertEqual(['smtpproxy.ini'], os.listdir(self.folder))
+
+    def test_what_would_not_start_is_no_success(self):
+        broken, taken = self.write('x.pem', 'x'), self.write('file', '')
+        for name, config in (
+                ('tls', {'tlscert': broken, 'tlskey': broken}),
+                ('msgs is a file', {'msgdir': taken}),
+                ('msgs in a file', {'msgdir': taken + '/msgs'})):
+            with self.subTest(name):
+                self.ini(config)
+                code, out, err = self.command('--check')
+                self.assertEqual(1, code, out)
+                self.assertIn(broken if name == 'tls' else taken, err)
+                self.assertNotIn('Traceback', err)
+
+    def test_handlers_and_warnings_are_named(self):
+        self.write('handlers/bad.py', '1 / 0')
+        self.write('handlers/good.py', REWRITE)
+        self.ini(accounts={SENDER: self.account(
+            smtpusername='me', smtppassword='50%%')})
+
+        with mock.patch.object(smtpproxy, 'HOME', self.folder), \
+                mock.patch.object(sys, 'dont_write_bytecode', True):
+            code, out, _ = self.command('--check')
+
+        self.assertEqual(0, code)
+        for word in ('handler good is enabled', 'handler bad',
+                     'smtppassword has %%'):
+            self.assertIn(word, out)
+
+    def test_works_beside_a_running_service(self):
+        self.waiting()
+
+        self.succeed('--check')
+
+        self.assertSpooled(1)
+
+
+class HandlerTest(CommandCase):
+
+    def run_test(self, mail):
+        self.write('handlers/rewrite.py', REWRITE)
+        path = self.write('test.eml', mail)
+        self.ini()
+        with mock.patch.object(smtpproxy, 'HOME', self.folder), \
+                mock.patch.object(sys, 'dont_write_bytecode', True):
+            out = self.succeed('--handler-test', path)
+        self.stop()
+        return out
+
+    def test_what_handlers_would_change_is_shown(self):
+        out = self.run_test(b'From: Me <me@home.lan>\nTo: a@example.org\n'
+                            b'Subject: x\n\nhello\n')
+
+        for line in ('enabled: rewrite', '-To: a@example.org',
+                     '+To: new@example.org', '-hello', '+good bye'):
+            self.assertIn('\n%s\n' % line, '\n' + out)
+        for word in 'at work', '<me@home.lan>', 'go on', 'nothing was sent':
+            self.assertIn(word, out)
+        self.assertFalse(os.path.exists(self.path('msgs')))
+
+    def test_what_would_be_discarded_is_said(self):
+        out = self.run_test(b'Subject: drop me\r\n\r\n\xff\r\n')
+
+        self.assertIn('be discarded', out)
+
+    def test_a_file_that_is_not_there_is_named(self):
+        self.ini()
+
+        self.assertIn('no.eml', self.fail_with(
+            '--handler-test', self.path('no.eml')))
+
+
+if __name__ == '__main__':
+    unittest.main()

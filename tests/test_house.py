@@ -1,0 +1,237 @@
+"""The architecture itself, as the README's For developers tells it."""
+import ast
+import importlib.util
+import os
+import re
+import statistics
+import symtable
+import sysconfig
+import unittest
+
+import smtpproxy
+
+TOP = os.path.dirname(os.path.abspath(smtpproxy.__file__))
+CODE = ('smtpproxy.py', 'smtps.py', 'MailHandler.py')
+CEILINGS = {'smtpproxy.py': 3238, 'smtps.py': 992}      # lines
+LONGEST, MEDIAN = 45, 10        # lines of a function
+SHAPES = {'config': smtpproxy.Config, 'logging': smtpproxy.Logging,
+          'account': smtpproxy.Account}
+BANNER = re.compile(r'# --- .*')
+STDLIB = sysconfig.get_paths()['stdlib']
+
+
+def read(name):
+    with open(os.path.join(TOP, name), encoding='utf-8') as file:
+        return file.read()
+
+
+def functions(name):
+    """{name and line: length} of all functions of a file."""
+    return {'%s:%d %s' % (name, node.lineno, node.name):
+            node.end_lineno - node.lineno + 1
+            for node in ast.walk(ast.parse(read(name)))
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))}
+
+
+def imports(name):
+    """The top-level modules that a file imports anywhere."""
+    found = set()
+    for node in ast.walk(ast.parse(read(name))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            found.add('.' * node.level + (node.module or ''))
+    return {module.partition('.')[0] for module in found}
+
+
+def is_standard(module):
+    origin = importlib.util.find_spec(module).origin or 'built-in'
+    return origin in ('built-in', 'frozen') or (
+        origin.startswith(STDLIB) and 'site-packages' not in origin)
+
+
+class Sections(unittest.TestCase):
+    """Of smtpproxy.py: each uses only what stands above it."""
+
+    def setUp(self):
+        self.source = read('smtpproxy.py')
+        self.starts = [number for number, line in enumerate(
+            self.source.splitlines(), 1) if BANNER.match(line)]
+
+    def section(self, line):
+        """The number of the section that a line is in."""
+        return sum(start <= line for start in self.starts)
+
+    def definitions(self):
+        """{name: section} of all that is defined at the top level."""
+        found = {}
+        for node in ast.parse(self.source).body:
+            names = [node.name] if hasattr(node, 'name') else [
+                name.id for name in ast.walk(node) if isinstance(
+                    name, ast.Name) and isinstance(name.ctx, ast.Store)]
+            for name in names:
+                found.setdefault(name, self.section(node.lineno))
+        return found
+
+    def uses(self, table):
+        """(name, line of the function) of global names in functions."""
+        for scope in table.get_children():
+            if scope.get_type() == 'function':
+                for symbol in scope.get_symbols():
+                    if symbol.is_global() and symbol.is_referenced():
+                        yield symbol.get_name(), scope.get_lineno()
+            yield from self.uses(scope)
+
+    def test_the_file_reads_from_top_to_bottom(self):
+        defined = self.definitions()
+        table = symtable.symtable(self.source, 'smtpproxy.py', 'exec')
+
+        early = sorted({
+            'line %d uses %s of section %d' % (line, name, defined[name])
+            for name, line in self.uses(table)
+            if defined.get(name, 0) > self.section(line)})
+
+        self.assertEqual([], early)
+        self.assertGreater(len(defined), 50)
+
+    def test_the_docstring_lists_the_sections(self):
+        listed = ' '.join(smtpproxy.__doc__.split())
+
+        for line in self.source.splitlines():
+            if BANNER.match(line):
+                name = line[6:].partition(':')[0].strip(' -')
+                with self.subTest(name):
+                    self.assertIn(name, listed)
+
+    def test_banners_fill_the_line(self):
+        for name in CODE:
+            for line in filter(BANNER.match, read(name).splitlines()):
+                with self.subTest(line):
+                    self.assertRegex(line, r'^# --- .*[^-] -+$')
+                    self.assertGreaterEqual(len(line), 78)
+
+
+class Size(unittest.TestCase):
+
+    def test_functions_are_small(self):
+        for name in CODE:
+            with self.subTest(name):
+                sizes = functions(name)
+                self.assertEqual({}, {function: size for function, size
+                                      in sizes.items() if size > LONGEST})
+                self.assertLessEqual(statistics.median(sizes.values()),
+                                     MEDIAN)
+
+    def test_files_stay_below_their_ceilings(self):
+        for name, ceiling in CEILINGS.items():
+            with self.subTest(name):
+                self.assertLessEqual(len(read(name).splitlines()), ceiling)
+
+    def test_no_line_is_longer_than_a_terminal(self):
+        for name in CODE:
+            for number, line in enumerate(read(name).splitlines(), 1):
+                if len(line) > 79:
+                    with self.subTest(name):
+                        self.fail('line %d: %s' % (number, line))
+
+
+class Imports(unittest.TestCase):
+
+    def test_nothing_but_the_standard_library(self):
+        ours = {'smtpproxy.py': {'smtps', 'MailHandler'}}
+        for name in CODE:
+            for module in imports(name) - ours.get(name, set()):
+                with self.subTest('%s: %s' % (name, module)):
+                    self.assertTrue(is_standard(module))
+
+    def test_the_listener_knows_nothing_of_the_program(self):
+        self.assertEqual(set(), imports('smtps.py') & {
+            'smtpproxy', 'MailHandler', 'configparser', 'smtplib', 'poplib'})
+
+    def test_the_base_of_handlers_needs_only_abc(self):
+        self.assertEqual({'abc'}, imports('MailHandler.py'))
+
+
+class Threads(unittest.TestCase):
+
+    def test_every_thread_has_a_name(self):
+        for name in CODE + ('tests/fakes.py',):
+            for call in ast.walk(ast.parse(read(name))):
+                if isinstance(call, ast.Call) and 'Thread' in (
+                        getattr(call.func, 'attr', ''),
+                        getattr(call.func, 'id', '')):
+                    with self.subTest('%s:%d' % (name, call.lineno)):
+                        self.assertIn('name', [k.arg for k in call.keywords])
+
+
+class Keys(unittest.TestCase):
+    """Code, ini.example and README know the same keys and defaults."""
+
+    def setUp(self):
+        self.defaults = {name: {
+            key: self.written(value)
+            for key, value in shape._field_defaults.items()}
+            for name, shape in SHAPES.items()}
+        self.defaults['account']['smtpport'] = '25'     # 465 with ssl
+
+    @staticmethod
+    def written(value):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+
+    def example(self, pattern):
+        """{kind of section: {key: value}} of the lines like pattern."""
+        found, kind = {name: {} for name in SHAPES}, ''
+        for line in read('smtpproxy.ini.example').splitlines():
+            section = re.match(r'\[(\w*)', line)
+            if section:
+                kind = section[1] if section[1] in (
+                    'config', 'logging', 'handler') else 'account'
+            match = re.match(pattern + r'([a-z]+)=(.*)', line)
+            if match and kind != 'handler':
+                found[kind][match[1]] = match[2]
+        return found
+
+    def readme(self):
+        """The same of the tables in README.md."""
+        found = []
+        for line in read('README.md').splitlines():
+            cells = [cell.strip(' `') for cell in line.split('|')[1:-1]]
+            if cells[:2] == ['key', 'default']:
+                found.append({})
+            elif found and len(cells) == 3 and cells[0].isalnum():
+                found[-1].setdefault(cells[0], cells[1])
+            elif found and found[-1] and not cells:
+                found.append({})
+        return dict(zip(SHAPES, filter(None, found)))
+
+    def test_the_readme_explains_every_key_and_its_default(self):
+        readme = self.readme()
+
+        for kind, defaults in self.defaults.items():
+            with self.subTest(kind):
+                self.assertEqual(defaults, readme[kind])
+
+    def test_the_example_shows_every_key(self):
+        shown = self.example('#?')
+
+        for kind, defaults in self.defaults.items():
+            with self.subTest(kind):
+                self.assertEqual(sorted(defaults), sorted(shown[kind]))
+
+    def test_the_example_shows_every_default(self):
+        shown = self.example('#')
+        del self.defaults['account']['smtphost']        # mandatory
+
+        for kind, defaults in self.defaults.items():
+            with self.subTest(kind):
+                self.assertEqual(defaults, shown[kind])
+
+    def test_the_example_is_a_valid_ini(self):
+        settings = smtpproxy.load(
+            os.path.join(TOP, 'smtpproxy.ini.example'))
+
+        self.assertFalse(settings.config.deleteonerror)
+
+
+if __name__ == '__main__':
+    unittest.main()

@@ -1,0 +1,320 @@
+"""The whole of it: start, reload and stop, as its owner sees them."""
+import contextlib
+import os
+import socket
+import ssl
+import threading
+import unittest
+from unittest import mock
+
+import smtpproxy
+from tests.case import A, OTHER, SENDER, ProxyCase
+from tests.fakes import CERTIFICATE, Client, wait_until
+
+# A second certificate for localhost, good until 2081. Made with
+#   openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes
+#     -days 20000 -subj /CN=localhost -addext
+#     subjectAltName=DNS:localhost,IP:127.0.0.1
+RENEWED = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgtxryARCPmJZX0bfY
+2p4uDc1JZNqX43d9cP7kwsEwBLuhRANCAARoqrEQADw1KGb5KNy6ZEYLs5uUDDW9
+dUNKtQ1QKvMlXfodIGEgEJAOBpVrH+bkfZN4Xb14OkIj4N0uSuY2le7/
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBnDCCAUGgAwIBAgIUfWoBKjks0UE0iwyJ5EA8zn4Gw/cwCgYIKoZIzj0EAwIw
+FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTI2MTEyMjIxMzgwMloYDzIwODEwODI1
+MjEzODAyWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
+PQMBBwNCAARoqrEQADw1KGb5KNy6ZEYLs5uUDDW9dUNKtQ1QKvMlXfodIGEgEJAO
+BpVrH+bkfZN4Xb14OkIj4N0uSuY2le7/o28wbTAdBgNVHQ4EFgQUIehkGw0Y+shb
+AmO6AbkY2Hs8uR8wHwYDVR0jBBgwFoAUIehkGw0Y+shbAmO6AbkY2Hs8uR8wDwYD
+VR0TAQH/BAUwAwEB/zAaBgNVHREEEzARgglsb2NhbGhvc3SHBH8AAAEwCgYIKoZI
+zj0EAwIDSQAwRgIhAPbtD3czCrzb/zvHN95qxIHvljKcfOTVuXBRVf7Oo5mPAiEA
+neOnTVAb1YxyJnQgj7BffqXVugH52ZSHHlzobDCqLwo=
+-----END CERTIFICATE-----
+"""
+
+
+class Reload(ProxyCase):
+
+    def reload(self, config=None, accounts=None, more=''):
+        """Writes another ini and reloads it."""
+        self.ini(config, accounts, more)
+        self.proxy.reload()
+
+    def code(self, sender):
+        return self.greeted().command('MAIL FROM:<%s>' % sender)[0]
+
+    def test_a_new_account_works_at_once(self):
+        self.start()
+        self.assertEqual(550, self.code(OTHER))
+
+        self.reload(accounts={OTHER: self.account()})
+
+        self.assertEqual((250, 550), (self.code(OTHER), self.code(SENDER)))
+        self.submit(sender=OTHER)
+        self.assertEqual(OTHER, self.assertDelivered([A]).sender)
+        self.assertLogged('INFO', 'reloaded', 'smtpproxy.ini', '1 accounts')
+
+    def test_a_bad_ini_leaves_the_old_one_in_force(self):
+        self.start()
+        for name, bad in (('values', {'config': {'port': 'x', 'prot': '1'}}),
+                          ('tls', {'config': {'tlscert': self.write(
+                              'bad.pem', 'no'), 'tlskey': CERTIFICATE}})):
+            with self.subTest(name):
+                self.reload(accounts=bad)
+                self.assertLogged('ERROR', 'not reloaded', '[config]')
+                self.assertEqual(250, self.code(SENDER))
+        self.submit()
+        self.assertDelivered([A])
+
+    def test_an_ini_that_is_gone_leaves_the_old_one_in_force(self):
+        self.start()
+        os.unlink(self.path('smtpproxy.ini'))
+
+        self.proxy.reload()
+
+        self.assertLogged('ERROR', 'not reloaded', 'smtpproxy.ini')
+        self.assertEqual(250, self.code(SENDER))
+
+    def test_what_needs_a_restart_is_named_and_service_goes_on(self):
+        self.start()
+        port = self.address[1]
+
+        self.reload({'port': port + 1 if port < 65535 else 1024,
+                     'msgdir': self.path('elsewhere')})
+
+        for key in 'port', 'msgdir':
+            self.assertLogged('WARNING', key, 'restart')
+        self.submit()
+        self.assertDelivered([A])
+        self.assertFalse(os.path.exists(self.path('elsewhere')))
+
+    def test_waiting_mail_is_tried_at_once(self):
+        self.upstream.script['MAIL'] = ['451 4.3.0 later', None]
+        self.start({'sleeptime': 600})
+        self.assertLogged(self.submit(), 'not delivered')
+
+        self.proxy.reload()
+
+        self.assertDelivered([A])
+        self.assertSpooled(0)
+
+    def test_the_log_changes_its_level_and_its_file(self):
+        self.start()
+        self.reload(accounts={SENDER: self.account(), 'logging': {
+            'file': 'new.log', 'level': 'WARNING'}})
+        self.greeted().command('MAIL FROM:<stranger@x>')
+
+        with open(self.path('new.log')) as file:
+            content = file.read()
+        self.assertIn('WARNING', content)
+        self.assertNotIn('INFO', content)
+
+    def test_limits_change_for_new_clients(self):
+        self.start()
+        self.reload({'maxsize': 1234, 'allow': '127.0.0.0/8'})
+        self.assertIn('SIZE 1234', self.client().command('EHLO x')[1])
+
+        self.reload({'allow': '192.0.2.0/24'})
+
+        with Client(self.address) as client:
+            self.assertEqual(554, client.reply()[0])
+        self.assertLogged('WARNING', '127.0.0.1', 'allow')
+
+    def test_warnings_come_again(self):
+        self.start()
+        self.reload(accounts={SENDER: self.account(
+            smtpusername='x', smtppassword='50%%')})
+
+        self.assertLogged('WARNING', 'smtppassword has %%')
+
+
+class Certificate(ProxyCase):
+
+    def serve_tls(self):
+        """A proxy on two ports whose certificate is a file of the test."""
+        with open(CERTIFICATE) as file:
+            self.pem = self.write('tls.pem', file.read())
+        self.start({'tlscert': self.pem, 'tlskey': self.pem,
+                    'tlsport': free_port()})
+
+    def certificate(self):
+        """What a client that begins with a handshake is shown (PEM)."""
+        port = self.proxy.server.listeners[1].getsockname()[1]
+        return ssl.get_server_certificate(('127.0.0.1', port))
+
+    def test_a_renewed_certificate_is_shown_after_a_reload(self):
+        self.serve_tls()
+        before = self.certificate()
+        self.write('tls.pem', RENEWED)
+        self.assertEqual(before, self.certificate())
+
+        self.proxy.reload()
+
+        self.assertNotEqual(before, self.certificate())
+        self.assertIn(self.certificate().strip(), RENEWED)
+
+    def test_a_broken_one_leaves_the_old_one_in_force(self):
+        self.serve_tls()
+        before = self.certificate()
+        self.write('tls.pem', 'half a cert')
+
+        self.proxy.reload()
+
+        self.assertEqual(before, self.certificate())
+        self.assertLogged('ERROR', 'not reloaded', 'tls.pem')
+
+    def test_starttls_and_the_tls_port_take_mail(self):
+        self.serve_tls()
+        trust = ssl.create_default_context(cafile=CERTIFICATE)
+        client = self.greeted()
+        self.assertEqual(220, client.command('STARTTLS')[0])
+        client.secure(trust)
+        client.command('EHLO x')
+        self.submit(client=client)
+        address = self.proxy.server.listeners[1].getsockname()
+        with Client(address, trust) as other:
+            other.reply()
+            self.submit(client=other)
+        self.upstream.wait(2)
+
+
+class SecondStart(ProxyCase):
+
+    def setUp(self):
+        super().setUp()
+        patch = mock.patch.object(        # it need not wait for a command
+            smtpproxy.Spool.open, '__defaults__', (0,))
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def refusal(self, **config):
+        """What a second start beside self.proxy says."""
+        second = smtpproxy.Proxy(smtpproxy.load(self.ini(config)))
+        with self.assertRaises(smtpproxy.StartError) as caught:
+            second.start()
+        return str(caught.exception)
+
+    def test_on_the_same_msgs_is_refused(self):
+        self.upstream.script['MAIL'] = '451 4.3.0 later'
+        self.start()
+        self.assertLogged(self.submit(), 'not delivered')
+        before = sorted(os.listdir(self.path('msgs')))
+
+        refusal = self.refusal()
+
+        self.assertIn(self.path('msgs'), refusal)
+        self.assertIn('another smtpproxy', refusal)
+        self.assertEqual(1, len(refusal.splitlines()))
+        self.assertEqual(before, sorted(os.listdir(self.path('msgs'))))
+
+    def test_on_the_same_port_is_refused_and_touches_nothing(self):
+        self.start()
+
+        refusal = self.refusal(port=self.address[1],
+                               msgdir=self.path('second'))
+
+        self.assertIn(str(self.address[1]), refusal)
+        self.assertIn('taken', refusal)
+        self.assertFalse(os.path.exists(self.path('second')))
+
+    def test_an_address_of_another_box_is_named(self):
+        self.assertIn('192.0.2.1', self.refusal(host='192.0.2.1'))
+
+    def test_msgs_that_cannot_be_used_are_named(self):
+        refusal = self.refusal(msgdir=self.write('file', ''))
+
+        self.assertIn(self.path('file'), refusal)
+
+    def test_a_stopped_one_leaves_all_free(self):
+        self.start()
+        port = self.address[1]
+        self.stop()
+
+        self.start({'port': port})
+
+        self.submit()
+        self.assertDelivered([A])
+
+
+class Stop(ProxyCase):
+
+    def test_what_is_between_dot_and_250_is_finished(self):
+        self.upstream.script['MAIL'] = '451 4.3.0 later'
+        self.start()
+        client = self.greeted()
+        client.command('MAIL FROM:<%s>' % SENDER)
+        client.command('RCPT TO:<%s>' % A)
+        client.command('DATA')
+
+        with self.slow_disk() as (reached, go_on):
+            client.send(b'Subject: x\r\n\r\n.\r\n')
+            self.assertTrue(reached.wait(5))
+            with self.stopping():
+                go_on.set()
+                code, text = client.reply()
+
+        self.assertEqual(250, code)
+        self.assertEqual([text[0].split()[-1] + '.mail'], self.spooled())
+
+    @contextlib.contextmanager
+    def slow_disk(self):
+        """fsync tells the first event and waits for the second."""
+        reached, go_on, sync = threading.Event(), threading.Event(), os.fsync
+
+        def slow(file):
+            reached.set()
+            go_on.wait(5)
+            sync(file)
+        with mock.patch.object(os, 'fsync', slow):
+            yield reached, go_on
+
+    @contextlib.contextmanager
+    def stopping(self):
+        """self.stop() runs meanwhile."""
+        stopper = threading.Thread(target=self.stop, name='stopper')
+        stopper.start()
+        yield
+        stopper.join()
+
+    def test_who_waits_is_told_and_nobody_new_comes_in(self):
+        self.start()
+        client, address = self.greeted(), self.address
+
+        self.stop()
+
+        self.assertEqual(421, client.reply()[0])
+        self.assertEqual(b'', client.read_until_closed())
+        with self.assertRaises(OSError):
+            socket.create_connection(address, 1)
+
+    def test_a_delivery_under_way_is_finished(self):
+        self.upstream.delay = 0.05
+        self.start()
+        self.submit()
+        wait_until(lambda: self.upstream.commands)
+
+        self.stop()
+
+        self.assertDelivered([A])
+        self.assertSpooled(0)
+
+    def test_no_thread_of_ours_is_left(self):
+        self.start()
+        self.submit()
+        self.assertDelivered([A])
+        self.stop()
+
+        wait_until(lambda: not [
+            thread for thread in threading.enumerate()
+            if thread.name.startswith(('smtp-', 'relay', 'listen'))])
+
+
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
+
+
+if __name__ == '__main__':
+    unittest.main()

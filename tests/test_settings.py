@@ -1,0 +1,376 @@
+"""The ini: every key, its default, and a clear word for every mistake."""
+import os
+import unittest
+
+import smtpproxy
+from tests.case import FolderCase
+
+CONFIG = {'port': 25, 'host': '', 'sleeptime': 30, 'debuglevel': 0,
+          'waitafterpop': 5, 'deleteonerror': True, 'maxsize': 100000000,
+          'maxconnections': 100, 'timeout': 300, 'retrydays': 5,
+          'tlscert': '', 'tlskey': '', 'tlsport': 0, 'user': '', 'group': ''}
+LOGGING = {'size': 1000000, 'count': 10, 'level': 'INFO'}
+ACCOUNT = {'localhostname': '', 'smtphost': 'mx', 'smtpport': 25,
+           'smtpsecurity': 'none', 'smtpusername': '', 'smtppassword': '',
+           'smtpauth': 'auto', 'smtpweaktls': False, 'tlsverify': True,
+           'tlscafile': '', 'popbeforesmtp': False, 'pophost': '',
+           'popport': 995, 'popssl': True, 'popusername': '',
+           'poppassword': '', 'popcheckdelay': 60, 'returnpath': '',
+           'replyto': '', 'forcefrom': '', 'localpassword': '', 'use': ''}
+
+README_1_6 = """\
+[config]
+port=25
+sleeptime=30
+debuglevel=0
+waitafterpop=5
+deleteonerror=true
+[logging]
+file=smtpproxy.log
+size=1000000
+count=10
+level=INFO
+[foo@localdomain.com]
+localhostname=localdomain.com
+smtphost=smtp.example.com
+smtpsecurity=ssl
+smtpusername=username
+smtppassword=password
+popbeforesmtp=true
+pophost=pop.example.com
+popport=995
+popssl=true
+popusername=username
+poppassword=password
+popcheckdelay=60
+returnpath=me@example.com
+replyto=me@example.com
+[bar@localdomain.com]
+use=foo@localdomain.com
+"""
+
+
+class SettingsCase(FolderCase):
+    """load() of a text."""
+
+    def load(self, text):
+        return smtpproxy.load(self.write('smtpproxy.ini', text))
+
+    def account(self, keys):
+        """The account of an ini that has this one."""
+        return self.load('[a@b]\n' + keys).accounts['a@b']
+
+    def mistakes(self, text):
+        """What load() says is wrong with a text: a list of str."""
+        with self.assertRaises(smtpproxy.ConfigError) as caught:
+            self.load(text)
+        self.assertEqual(str(caught.exception),
+                         '\n'.join(caught.exception.args[0]))
+        return caught.exception.args[0]
+
+    def assertMistake(self, text, *words):
+        """There is just this one mistake, and it is named with the file."""
+        mistakes = self.mistakes(text)
+        self.assertEqual(1, len(mistakes), mistakes)
+        for word in (self.path('smtpproxy.ini'),) + words:
+            self.assertIn(word, mistakes[0])
+
+
+class Defaults(SettingsCase):
+
+    def test_an_ini_with_one_server_is_enough(self):
+        settings = self.load('[a@b]\nsmtphost=mx\n')
+
+        for shape, defaults in (
+                (settings.config, CONFIG), (settings.logging, LOGGING),
+                (settings.accounts['a@b'], ACCOUNT)):
+            for key, default in defaults.items():
+                with self.subTest(key):
+                    value = getattr(shape, key)
+                    self.assertEqual(default, value)
+                    self.assertIs(type(default), type(value))
+
+    def test_the_log_lies_beside_the_ini_and_msgs_beside_the_script(self):
+        settings = self.load('[a@b]\nsmtphost=mx\n')
+
+        self.assertEqual(self.path('smtpproxy.log'), settings.logging.file)
+        self.assertEqual(os.path.join(smtpproxy.HOME, 'msgs'),
+                         settings.config.msgdir)
+
+    def test_implicit_tls_has_a_port_of_its_own(self):
+        for security, port in (('none', 25), ('tls', 25), ('ssl', 465)):
+            with self.subTest(security):
+                account = self.account(
+                    'smtphost=mx\nsmtpsecurity=%s\n' % security)
+                self.assertEqual(port, account.smtpport)
+
+    def test_a_port_that_is_set_counts(self):
+        account = self.account('smtphost=mx\nsmtpsecurity=ssl\nsmtpport=587\n')
+
+        self.assertEqual(587, account.smtpport)
+
+    def test_an_ini_of_1_6_works_unchanged(self):
+        settings = self.load(README_1_6)
+
+        foo = settings.account_for('foo@localdomain.com')
+        self.assertEqual('smtp.example.com:465', foo.server)
+        self.assertEqual('me@example.com', foo.replyto)
+        self.assertTrue(foo.popbeforesmtp and settings.config.deleteonerror)
+        self.assertEqual(foo, settings.account_for('bar@localdomain.com'))
+        self.assertEqual([], settings.warnings)
+
+    def test_private_networks_only_may_send(self):
+        networks = smtpproxy.Networks(self.load('').config.allow)
+
+        for address, allowed in (
+                ('127.0.0.1', 1), ('10.1.2.3', 1), ('172.16.0.1', 1),
+                ('172.32.0.1', 0), ('192.168.9.9', 1), ('169.254.1.1', 1),
+                ('8.8.8.8', 0), ('::1', 1), ('fd00::1', 1), ('fe80::1', 1),
+                ('2001:db8::1', 0), ('::ffff:192.168.1.1', 1),
+                ('::ffff:8.8.8.8', 0)):
+            with self.subTest(address):
+                self.assertEqual(bool(allowed), address in networks)
+
+
+class Reading(SettingsCase):
+
+    def test_what_editors_do_to_a_file_does_no_harm(self):
+        text = '[a@b]\nsmtphost=mx\nsmtpusername=me\nsmtppassword=é\n'
+
+        for name, content in (
+                ('unix', text.encode()), ('windows', text.replace(
+                    '\n', '\r\n').encode()), ('old mac', text.replace(
+                        '\n', '\r').encode()),
+                ('BOM', b'\xef\xbb\xbf' + text.encode()),
+                ('no last line end', text.rstrip().encode()),
+                ('blanks', text.replace('=', '  =  ').encode()),
+                ('capitals', text.replace('smtp', 'SMTP').encode())):
+            with self.subTest(name):
+                account = self.load(content).accounts['a@b']
+                self.assertEqual(('mx', 'me', 'é'), (
+                    account.smtphost, account.smtpusername,
+                    account.smtppassword))
+
+    def test_a_password_stands_as_it_was_written(self):
+        for password in ('50%', '%(x)s', 'a#b', 'a ;b', 'a=b:c', '"a"', '%%',
+                         'a  b', '${x}', '\\n', "'", ':=', '[x]'):
+            with self.subTest(password):
+                account = self.account(
+                    'smtphost=mx\nsmtpusername=me\nsmtppassword=%s\n'
+                    % password)
+                self.assertEqual(password, account.smtppassword)
+
+    def test_comments_begin_at_the_start_of_a_line(self):
+        account = self.account(
+            '# one\n; two\nsmtphost=mx\n#smtpport=1\nreplyto=a#b;c@d\n')
+
+        self.assertEqual((25, 'a#b;c@d'), (account.smtpport, account.replyto))
+
+    def test_yes_and_no_have_many_names(self):
+        for text, value in (('true', True), ('YES', True), ('on', True),
+                            ('1', True), ('false', False), ('No', False),
+                            ('off', False), ('0', False)):
+            with self.subTest(text):
+                settings = self.load('[config]\ndeleteonerror=%s\n' % text)
+                self.assertIs(value, settings.config.deleteonerror)
+
+    def test_choices_in_any_case(self):
+        account = self.account(
+            'smtphost=mx\nsmtpsecurity=TLS\nsmtpauth=Cram-MD5\n')
+        settings = self.load('[logging]\nlevel=debug\n')
+
+        self.assertEqual(('tls', 'cram-md5', 'DEBUG'), (
+            account.smtpsecurity, account.smtpauth, settings.logging.level))
+
+    def test_paths_are_relative_to_the_ini(self):
+        self.write('ca.pem', '')
+        settings = self.load('[config]\nmsgdir=m\n[logging]\nfile=l/x.log\n'
+                             '[a@b]\nsmtphost=mx\ntlscafile=ca.pem\n')
+
+        self.assertEqual(self.path('m'), settings.config.msgdir)
+        self.assertEqual(self.path('l', 'x.log'), settings.logging.file)
+        self.assertEqual(self.path('ca.pem'),
+                         settings.accounts['a@b'].tlscafile)
+
+    def test_handlers_have_sections_of_their_own(self):
+        settings = self.load('[handler savevoice]\nEnabled=true\n'
+                             'Folder=/Voice %\n')
+
+        self.assertEqual({'savevoice': {
+            'enabled': 'true', 'folder': '/Voice %'}}, settings.handlers)
+
+    def test_no_log_line_can_print_a_password(self):
+        account = self.account('smtphost=mx\nsmtpusername=me\n'
+                               'smtppassword=hush\nlocalpassword=hush\n')
+
+        self.assertNotIn('hush', repr(account))
+        self.assertIn('smtphost', repr(account))
+
+
+class Accounts(SettingsCase):
+
+    def test_the_most_precise_account_counts_in_any_case(self):
+        settings = self.load('[Me@Home.lan]\nsmtphost=exact\n'
+                             '[*@HOME.lan]\nsmtphost=domain\n'
+                             '[DEFAULT]\nsmtphost=default\n')
+
+        for sender, host in (
+                ('me@home.lan', 'exact'), ('ME@HOME.LAN', 'exact'),
+                ('you@home.lan', 'domain'), ('me@sub.home.lan', 'default'),
+                ('', 'default'), ('root', 'default')):
+            with self.subTest(sender):
+                self.assertEqual(host, settings.account_for(sender).smtphost)
+
+    def test_without_a_default_a_stranger_has_no_account(self):
+        settings = self.load('[*@home.lan]\nsmtphost=mx\n')
+
+        for sender in ('me@elsewhere.lan', '', 'home.lan', 'config'):
+            with self.subTest(sender):
+                self.assertIsNone(settings.account_for(sender))
+
+    def test_use_takes_another_account_over_any_number_of_steps(self):
+        settings = self.load('[a@b]\nuse=C@d\n[c@d]\nuse=default\n'
+                             '[default]\nsmtphost=mx\n[*@e]\nuse=a@b\n')
+
+        for sender in ('a@b', 'c@d', 'x@e'):
+            with self.subTest(sender):
+                self.assertEqual('mx', settings.account_for(sender).smtphost)
+
+    def test_use_that_leads_nowhere_is_named(self):
+        host = '[default]\nsmtphost=mx\n'
+
+        self.assertMistake(host + '[a@b]\nuse=defualt\n', '[a@b] use',
+                           'defualt', 'do you mean default?')
+        self.assertMistake('[a@b]\nuse=A@B\n', '[a@b] use', 'a@b -> a@b')
+        self.assertMistake(host + '[a@b]\nuse=default\nsmtpport=1\n',
+                           '[a@b] use', 'only key')
+        circle = self.mistakes('[a@b]\nuse=c@d\n[c@d]\nuse=a@b\n')
+        self.assertIn('[a@b] use goes round in a circle', circle[0])
+
+
+class Mistakes(SettingsCase):
+
+    def test_an_unknown_key_is_named_with_the_nearest(self):
+        for text, *words in (
+                ('[config]\nprot=1\n', '[config] prot', 'do you mean port?'),
+                ('[logging]\nlevle=INFO\n', '[logging] levle', 'level?'),
+                ('[a@b]\nsmtphost=x\nsmptport=1\n', '[a@b] smptport',
+                 'do you mean smtpport?'),
+                ('[a@b]\nsmtphost=x\nport=1\n', '[a@b] port', '[config]'),
+                ('[config]\nsmtphost=x\n', '[config] smtphost', 'account'),
+                ('[config]\nzzzz=1\n', '[config] zzzz', 'known are')):
+            with self.subTest(text):
+                self.assertMistake(text, *words)
+
+    WRONG = (
+        ('config', 'port=x', '65535'),
+        ('config', 'port=65536', '65535'),
+        ('config', 'port=-1', 'whole number'),
+        ('config', 'sleeptime=', 'whole number'),
+        ('config', 'sleeptime=1.5', 'whole number'),
+        ('config', 'timeout=0', 'at least 1'),
+        ('config', 'maxsize=0', 'at least 1'),
+        ('config', 'deleteonerror=maybe', 'true or false'),
+        ('config', 'allow=192.168.1.0/33', 'any'),
+        ('config', 'allow=home', 'any'),
+        ('config', 'allow=', 'any'),
+        ('config', 'user=no-such-user', 'not known'),
+        ('config', 'tlsport=465', 'tlscert'),
+        ('logging', 'level=LOUD', 'WARNING'),
+        ('default', 'smtpsecurity=starttls', 'none, tls, ssl'),
+        ('default', 'smtpauth=xoauth2', 'cram-md5'),
+        ('default', 'replyto=me', 'mail address'),
+        ('default', 'forcefrom=a@b <c', 'mail address'),
+        ('default', 'localhostname=my box', 'blanks'),
+        ('default', 'tlscafile=none.pem', 'no such file'))
+
+    def test_a_wrong_value_is_named_with_what_is_right(self):
+        for section, line, right in self.WRONG:
+            with self.subTest(line):
+                host = 'smtphost=mx\n' if section == 'default' else ''
+                self.assertMistake('[%s]\n%s%s\n' % (section, host, line),
+                                   '[%s]' % section, line.partition('=')[0],
+                                   right)
+
+    def test_what_must_be_there_is_named(self):
+        pop = 'smtphost=mx\npopbeforesmtp=true\n'
+        values = {'pophost': 'x', 'popusername': 'y', 'poppassword': 'z'}
+
+        self.assertMistake('[a@b]\n', '[a@b] smtphost is missing')
+        self.assertMistake('[a@b]\nsmtphost=\n', 'smtphost is missing')
+        for missing in values:
+            with self.subTest(missing):
+                self.assertMistake('[a@b]\n' + pop + ''.join(
+                    '%s=%s\n' % pair for pair in values.items()
+                    if pair[0] != missing), missing + ' is missing')
+
+    def test_what_is_there_twice_is_named(self):
+        for text, *words in (
+                ('[config]\nport=1\nPORT=2\n', '[config] port', 'twice', '3'),
+                ('[a@b]\nsmtphost=x\n[a@b]\nsmtphost=y\n', '[a@b]', 'twice'),
+                ('[a@b]\nsmtphost=x\n[A@B]\nsmtphost=y\n', '[A@B]', 'twice'),
+                ('[config]\nport=1\n[Config]\nhost=::1\n', 'onfig]', 'twice'),
+                ('[logging]\ncount=1\n[LOGGING]\nsize=1\n', 'twice')):
+            with self.subTest(text):
+                self.assertMistake(text, *words)
+
+    def test_a_value_is_one_line(self):
+        self.assertMistake('[config]\nhost=::1\n  port=3\n', '[config] host',
+                           'more than one line')
+
+    def test_what_is_no_ini_at_all_is_named_by_its_line(self):
+        self.assertMistake('port=25\n[config]\n', 'line 1', 'section')
+        self.assertMistake('[config]\nport 25\n', 'line 2', 'key=value')
+        self.assertMistake(b'[config]\nhost=\xff\n', 'UTF-8')
+        self.assertMistake('[a@b]\nsmtphost=m\0x\n', 'control characters')
+
+    def test_all_mistakes_are_named_at_once(self):
+        mistakes = '\n'.join(self.mistakes(
+            'lost=1\n[config]\nport=x\nprot=1\nport=2\nallow=no\nnonsense\n'
+            '[a@b]\nsmtpport=y\n[a@b]\nsmtphost=z\n[c@d]\nuse=e@f\n'
+            '[logging]\nlevel=LOUD\n'))
+
+        for word in ('line 1:', 'port = x', 'prot', 'port is there twice',
+                     'allow', 'line 7:', '[a@b] smtphost is missing',
+                     'smtpport = y', '[a@b] is there twice', 'e@f', 'LOUD'):
+            with self.subTest(word):
+                self.assertIn(word, mistakes)
+
+    def test_a_mistake_never_shows_a_password(self):
+        mistakes = self.mistakes('[a@b]\nsmtphost=mx\nsmtppassword=hu\1sh\n')
+
+        self.assertNotIn('hu', mistakes[0].partition('smtppassword')[2])
+
+
+class Warnings(SettingsCase):
+
+    def warnings(self, text, mode=0o600):
+        path = self.write('smtpproxy.ini', text)
+        os.chmod(path, mode)
+        return '\n'.join(smtpproxy.load(path).warnings)
+
+    def test_an_ini_with_passwords_that_others_can_read(self):
+        secret = '[a@b]\nsmtphost=mx\nlocalpassword=x\n'
+
+        self.assertIn('chmod 600', self.warnings(secret, 0o644))
+        self.assertIn('chmod 600', self.warnings(secret, 0o640))
+        self.assertEqual('', self.warnings(secret, 0o600))
+        self.assertEqual('', self.warnings('[a@b]\nsmtphost=mx\n', 0o644))
+
+    def test_a_password_that_1_x_read_differently(self):
+        warnings = self.warnings(
+            '[a@b]\nsmtphost=mx\nsmtpusername=x\nsmtppassword=50%%\n')
+
+        self.assertIn('[a@b] smtppassword has %%', warnings)
+
+    def test_an_account_that_will_not_log_in(self):
+        warnings = self.warnings('[a@b]\nsmtphost=mx\nsmtpusername=x\n')
+
+        self.assertIn('[a@b] has smtpusername or smtppassword', warnings)
+
+    def test_an_ini_without_an_account(self):
+        self.assertIn('no account', self.warnings('[config]\n'))
+
+
+if __name__ == '__main__':
+    unittest.main()
