@@ -774,6 +774,15 @@ class Mail:
         self._msg = bytes(value)
 
 
+def sync_folder(path):
+    """Makes names last: POSIX wants the folder synced as well."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
 class Draft:
     """A mail file that is being written. Nothing is on disk before there is
     much of it: a small mail is one file made, written and synced at once."""
@@ -787,6 +796,7 @@ class Draft:
         lines += ['RCPT TO:<%s>' % address for address in to]
         self.pending = first + ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
         self.file, self.checksum, self.size = None, 0, 0
+        self.is_on_disk = False
 
     def write(self, chunk):
         """chunk: bytes as on the wire. Raises OSError."""
@@ -799,6 +809,7 @@ class Draft:
         if self.file is None:
             self.file = os.open(
                 self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self.is_on_disk = True
         data, self.pending = self.pending, b''
         self.checksum = zlib.crc32(data, self.checksum)
         while data:
@@ -824,10 +835,11 @@ class Draft:
         self.spool.fresh.pop(self.id, None)
         if file is not None:
             os.close(file)
-        try:
-            os.unlink(self.path)
-        except OSError:
-            pass                        # not there, or swept at the next start
+        if self.is_on_disk:
+            try:
+                os.unlink(self.path)
+            except OSError:
+                pass                    # swept at the next start
 
 
 class Busy(Exception):
@@ -891,7 +903,7 @@ class Spool:
         """Makes the folder if need be and locks it. Raises Busy or OSError;
         patience: seconds to wait for a queue command that has the lock."""
         import fcntl
-        os.makedirs(self.folder, 0o700, exist_ok=True)
+        self.make_folder(self.folder)
         lock = os.open(os.path.join(self.folder, '.lock'),
                        os.O_RDWR | os.O_CREAT, 0o600)
         end = time.monotonic() + patience
@@ -905,6 +917,13 @@ class Spool:
                     raise Busy(self.folder)
                 time.sleep(0.05)
         self.lock = lock
+
+    @staticmethod
+    def make_folder(path):
+        """Makes a folder that lasts, if it is not there."""
+        if not os.path.isdir(path):
+            os.makedirs(path, 0o700, exist_ok=True)
+            sync_folder(os.path.dirname(path))
 
     def close(self):
         if self.lock is not None:
@@ -1068,10 +1087,16 @@ class Spool:
         self.delivered.discard(mail.id)
         self.unsaved.pop(mail.id, None)
         if mail.has_state:
-            try:
-                os.unlink(self.path(mail.id, 'state'))
-            except OSError:
-                pass                    # swept at the next start
+            self.forget_state(mail.id)
+
+    def forget_state(self, id):
+        """After the mail itself: without a journal a disk may keep the mail
+        and lose this, and accepted recipients would get it again."""
+        try:
+            self.sync()
+            os.unlink(self.path(id, 'state'))
+        except OSError:
+            pass                        # swept at the next start
 
     def set_aside(self, name, why):
         """Moves what can't be read to corrupt/: never run, never deleted."""
@@ -1079,11 +1104,13 @@ class Spool:
             return                      # a queue command only looks
         corrupt = os.path.join(self.folder, 'corrupt')
         try:
-            os.makedirs(corrupt, 0o700, exist_ok=True)
+            self.make_folder(corrupt)
             target = os.path.join(corrupt, name)
             while os.path.exists(target):
                 target += '+'
             os.rename(os.path.join(self.folder, name), target)
+            sync_folder(corrupt)
+            self.sync()
             log.error('%s: cannot be read: %s; it is kept as %s',
                       name.rpartition('.')[0] or name, why, target)
         except OSError as error:
@@ -1091,12 +1118,7 @@ class Spool:
                       name, why, error)
 
     def sync(self):
-        """Makes names last: POSIX wants the folder synced as well."""
-        folder = os.open(self.folder, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        sync_folder(self.folder)
 
     # All of them.
 
@@ -1221,8 +1243,8 @@ class Intake(smtps.Session):
                 self.explain_unknown(sender)
                 raise smtps.Refused(550, '5.7.1 no account for sender <%s>'
                                     % smtps.printable(sender))
-        elif (self.settings.accounts[section].localpassword
-                and self.signed_in_as != section):
+        elif self.settings.accounts[section].localpassword and (
+                self.signed_in_as != section or self.client.user is None):
             raise smtps.Refused(530, '5.7.0 sign in as [%s] to send as this '
                                 'one' % smtps.printable(section))
 
@@ -1315,7 +1337,7 @@ class Incoming(smtps.Receiver):
         host = HOST
         now = time.strftime('%a, %d %b %Y %H:%M:%S +0000', time.gmtime())
         client = self.client
-        hello = re.sub(r'[^\w.:\[\]-]', '?', client.hello or '', 0, re.ASCII)
+        hello = re.sub(r'[^A-Za-z0-9_.:\[\]-]', '?', client.hello or '')
         fields = ['Received: from %s ([%s%s])' % (
             hello[:64] or 'unknown', 'IPv6:' if ':' in client.address else '',
             client.address), '\tby %s with %s id %s;' % (
@@ -1653,7 +1675,7 @@ class SmtpDialogue:
     """Mixed into smtplib's classes: bounded replies, and the dialogue in our
     log, without secrets."""
 
-    secret, reply_time = False, REPLY_TIME
+    secret, reply_time = False, REPLY_TIME     # redact: see dialogue()
 
     def getreply(self):
         if self.file is None:
@@ -1666,9 +1688,10 @@ class SmtpDialogue:
         return code, text
 
     def _print_debug(self, *arguments):
-        if self.secret or str(arguments[-1])[:6].upper() == "'AUTH ":
-            arguments = arguments[:1] + ('***',)
-        log.info('smtp %s: %s', self._host, ' '.join(map(str, arguments)))
+        if self.secret and arguments[0] == 'send:':
+            arguments = 'send:', '***'
+        log.info('smtp %s: %s', self._host, self.redact(
+            ' '.join(map(str, arguments))))
 
     def ask(self, line, secret=True):
         """Sends one line of a login; returns (code, text)."""
@@ -1690,26 +1713,28 @@ class PopDialogue:
         return super()._getline()
 
     def _putline(self, line):
-        if self.talkative:
-            log.info('pop %s: %s', self.host, plain(
-                b'PASS ***' if line.upper().startswith(b'PASS') else line))
+        self.show(line)
         super()._putline(line)
 
     def _getresp(self):
         try:
             answer = super()._getresp()
-        except Exception:
+        except Exception as error:
+            self.show(error.args[0] if error.args else b'')
             self.close()            # poplib would leave it to the collector
             raise
-        if self.talkative:
-            log.info('pop %s: %s', self.host, plain(answer))
+        self.show(answer)
         return answer
+
+    def show(self, line):
+        if self.debuglevel:
+            log.info('pop %s: %s', self.host, self.redact(plain(line)))
 
 
 @functools.lru_cache(None)
-def dialogue(kind, secure):
-    """The class for 'smtp' or 'pop', plain or TLS; made when first needed,
-    since smtplib alone costs a small box nine megabytes."""
+def dialogue_class(kind, secure):
+    """Made when first needed, since smtplib alone costs a small box nine
+    megabytes."""
     if kind == 'smtp':
         import smtplib
         return type('Smtp', (SmtpDialogue, smtplib.SMTP_SSL if secure
@@ -1717,6 +1742,18 @@ def dialogue(kind, secure):
     import poplib
     return type('Pop', (PopDialogue, poplib.POP3_SSL if secure
                         else poplib.POP3), {})
+
+
+def dialogue(kind, tls, debuglevel, redact, *arguments):
+    """A connected client: kind 'smtp' or 'pop', tls: a context or None,
+    redact: callable(str) -> str that takes the secrets out. It must know
+    these two before its constructor connects."""
+    made = dialogue_class(kind, tls is not None)
+    client = made.__new__(made)
+    client.debuglevel, client.redact = debuglevel, redact
+    extra = {'context': tls} if tls else {}
+    client.__init__(*arguments, timeout=CONNECT_TIME, **extra)
+    return client
 
 
 def envelope_sender(mail, account):
@@ -1782,15 +1819,11 @@ class Courier:
 
     def open_connection(self):
         account = self.account
-        extra = {}
-        if account.smtpsecurity == 'ssl':
-            extra['context'] = self.tls()
         # Without a name of its own smtplib looks one up, which can take long.
-        kind = dialogue('smtp', bool(extra))
-        kind.debuglevel = self.config.debuglevel
-        smtp = kind(
-            account.smtphost, account.smtpport, account.localhostname
-            or HOST, timeout=CONNECT_TIME, **extra)
+        smtp = dialogue(
+            'smtp', self.tls() if account.smtpsecurity == 'ssl' else None,
+            self.config.debuglevel, self.without_secrets, account.smtphost,
+            account.smtpport, account.localhostname or HOST)
         smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return smtp
 
@@ -1905,11 +1938,9 @@ class Courier:
 
     def pop_login(self):
         account = self.account
-        extra = {'context': self.tls()} if account.popssl else {}
-        kind = dialogue('pop', account.popssl)
-        kind.talkative = self.config.debuglevel > 0
-        pop = kind(account.pophost, account.popport, timeout=CONNECT_TIME,
-                   **extra)
+        pop = dialogue('pop', self.tls() if account.popssl else None,
+                       self.config.debuglevel, self.without_secrets,
+                       account.pophost, account.popport)
         try:
             pop.user(account.popusername)
             pop.pass_(account.poppassword)
@@ -1935,7 +1966,7 @@ class Courier:
             self.used = True
         except Trouble as trouble:
             self.close()
-            report.give_up(str(trouble), trouble=True)
+            report.give_up(str(trouble), trouble=bool(report.open))
         except Exception as error:
             self.close()
             if not isinstance(error, OSError):
@@ -2141,6 +2172,7 @@ class Lane:
         self.workers = 0
         self.limit = account.smtpconnections
         self.proven = self.closed = False       # proven: the server works
+        self.in_trouble = False
         self.failures, self.held_until, self.problem = 0, 0.0, ''
 
     def put(self, id, first=False):
@@ -2172,10 +2204,12 @@ class Lane:
                 self.limit = self.account.smtpconnections
             return None
 
-    def leave(self):
-        """A worker can't go on; True if it was the last."""
+    def leave(self, in_trouble=False):
+        """A worker can't go on; True if it was the last. Then nobody else
+        comes until in_trouble is settled."""
         with self.changed:
             self.workers -= 1
+            self.in_trouble = in_trouble and not self.workers
             self.limit = max(1, self.workers)
             self.proven = self.proven and self.workers > 0
             return not self.workers
@@ -2183,8 +2217,9 @@ class Lane:
     def wants_worker(self):
         """Counts one more in, if the mails that wait are worth it."""
         with self.changed:
-            if self.closed or self.workers >= self.limit or (
-                    len(self.ready) <= self.workers * BACKLOG
+            if self.closed or self.in_trouble or (
+                    self.workers >= self.limit
+                    or len(self.ready) <= self.workers * BACKLOG
                     or self.workers and not self.proven):
                 return False
             self.workers += 1
@@ -2255,10 +2290,19 @@ class Relay:
         for lane in list(self.lanes.values()):
             lane.close()
         while self.in_flight and time.monotonic() < end:
-            time.sleep(0.02)
+            time.sleep(0.01)
+            self.finish_inbox()
         if self.in_flight:
             log.warning('stopped during a delivery: %s; it will be tried '
                         'again', ', '.join(sorted(self.in_flight)))
+
+    def finish_inbox(self):
+        """What lanes reported after the relay's own thread ended."""
+        try:
+            while not self.thread.is_alive():
+                self.inbox.get_nowait()()
+        except queue.Empty:
+            pass
 
     # The loop.
 
@@ -2331,7 +2375,7 @@ class Relay:
         if id in self.waiting:
             return
         if sender is None or self.handlers.enabled:
-            mail = self.load(id, to_send=False)
+            mail = self.load(id, to_send=bool(self.handlers.enabled))
             if mail is None or mail.parked and id not in self.asked:
                 return
             if not mail.handled and not self.handle(mail):
@@ -2371,8 +2415,10 @@ class Relay:
                 os.unlink(self.spool.path(id, 'mail'))
             else:
                 self.spool.set_aside(id + '.mail', error)
+            self.spool.forget_state(id)
         except Unreadable as error:
             self.spool.set_aside(id + '.mail', error)
+            self.spool.forget_state(id)
         except OSError as error:
             log.error('%s: cannot be read: %s; it is tried again later', id,
                       error)
@@ -2467,12 +2513,12 @@ class Relay:
     def report_trouble(self, lane, mail, report):
         """The account's server can't be used: if it is used by another of
         its connections, this one was one too many."""
-        if lane.leave():
-            self.in_flight.discard(mail.id)
+        if lane.leave(in_trouble=True):
             self.inbox.put(functools.partial(self.hold, lane, mail, report))
             return
         log.info('%s: %d connections to %s are all it takes now: %s', mail.id,
-                 lane.workers, lane.account.server, *report.later.values())
+                 lane.workers, lane.account.server,
+                 next(iter(report.later.values())))
         self.let_go(mail.id)
         self.inbox.put(functools.partial(self.route, mail.id, mail.frm))
 
@@ -2486,13 +2532,17 @@ class Relay:
                      account.server if account else '-', reply)
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
-        self.let_go(mail.id)
         if report.later or mail.refused:
-            self.settle_failure(mail, report)
+            comes_back = self.settle_failure(mail, report)
         else:
+            comes_back = False
             self.spool.remove(mail)
+        if not comes_back:
+            self.waiting.discard(mail.id)
+        self.in_flight.discard(mail.id)
 
     def settle_failure(self, mail, report):
+        """Returns whether it will be tried again by itself."""
         failed = dict(mail.refused, **report.later)
         account = self.settings.account_for(mail.frm)
         why = '; '.join('%s for %s' % (reply, listed(recipients))
@@ -2518,14 +2568,19 @@ class Relay:
             log.warning('%s: not delivered: %s; try %d, the next one in %d '
                         'seconds', mail.id, why, mail.tries, wait)
             self.put_off(mail.id, wait)
+            return True
+        return False
 
     def hold(self, lane, mail, report):
         """No mail of the account can go: one of them is tried now and then,
         all others wait for that without a try of their own."""
+        lane.in_trouble = False
         if self.settings.config.deleteonerror or lane.closed:
             self.settle(mail, report)
             self.staff(lane)
             return
+        mail.to = [Address(a) for a in report.later]
+        mail.refused.update(report.never)
         lane.failures = max(lane.failures, mail.tries) + 1
         wait = self.back_off(lane.failures)
         lane.held_until = self.clock() + wait
@@ -2543,6 +2598,7 @@ class Relay:
                         'seconds, %d more mails wait for it', mail.id,
                         mail.problem, mail.tries, wait, len(lane.ready))
             lane.put(mail.id, first=True)
+        self.in_flight.discard(mail.id)
 
     def park_expired(self, lane):
         for id in lane.empty():
@@ -2610,15 +2666,16 @@ class Relay:
             self.withdraw(id)
             if what == 'retry':
                 self.retry(id)
-            else:
+            elif what == 'delete':
                 self.discard(id)
         os.unlink(path)
 
     def retry(self, id):
-        for lane in self.lanes.values():
-            lane.held_until = 0.0
         self.asked.add(id)
         self.unrouted.appendleft(id)
+        for lane in self.lanes.values():
+            lane.held_until = 0.0
+            self.staff(lane)
 
     def discard(self, id):
         mail = self.load(id)
@@ -2661,7 +2718,7 @@ class Proxy:
     """The only class that knows all others."""
 
     def __init__(self, settings):
-        self.settings = settings
+        self.settings, self.started = settings, settings.config
         self.spool = Spool(settings.config.msgdir)
         self.server = smtps.Server(self.make_session, hostname=HOST)
 
@@ -2673,8 +2730,12 @@ class Proxy:
             self.server.stop(0)
             self.spool.close()
             raise
-        self.relay.start(self.found)
-        self.server.start()
+        try:
+            self.relay.start(self.found)
+            self.server.start()
+        except RuntimeError as error:
+            self.stop()
+            raise StartError('%s: is this box out of memory?' % error)
 
     def prepare(self):
         config = self.settings.config
@@ -2803,7 +2864,7 @@ class Proxy:
                 log.error('not reloaded: %s', line)
             return
         for key in ('port', 'tlsport', 'host', 'msgdir', 'user', 'group'):
-            if getattr(new.config, key) != getattr(self.settings.config, key):
+            if getattr(new.config, key) != getattr(self.started, key):
                 log.warning('[config] %s has changed: that needs a restart',
                             key)
         tls_context.cache_clear()
@@ -3060,10 +3121,16 @@ def demo(options):
         mail.set_content('A mail on its whole trip through smtpproxy.\n')
         with smtplib.SMTP('127.0.0.1', port, 'printer') as client:
             client.send_message(mail)
-        arrived = pop.mails.get(timeout=20)
+        try:
+            arrived = pop.mails.get(timeout=20)
+        except queue.Empty:
+            arrived = None
         proxy.stop()
         provider.stop()
         pop.close()
+    if arrived is None:
+        say('the mail did not arrive; the log above should say why')
+        return 1
     print('\nThe provider took it after the POP login; what arrived:\n')
     for line in unstuffed(arrived).decode().splitlines():
         print('  | ' + line)
@@ -3209,6 +3276,9 @@ def serve(settings):
 
 def main(arguments):
     """Returns the exit code."""
+    for stream in sys.stdout, sys.stderr:
+        if hasattr(stream, 'reconfigure'):      # None without a terminal
+            stream.reconfigure(errors='backslashreplace')
     options = parse(arguments)
     try:
         if options.demo:
@@ -3229,6 +3299,8 @@ def main(arguments):
         say('%s: %s' % (error.filename or 'error', error.strerror or error))
     except ImportError as error:
         say(missing_module(error))
+    except KeyboardInterrupt:
+        say('interrupted')
     return 1
 
 

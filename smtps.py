@@ -332,7 +332,7 @@ class Connection:
 
     def close(self):
         self.talk.close()
-        if self.want_read:              # tell a TLS client that this is all
+        if self.client.secure:          # tell a TLS client that this is all
             with suppress_socket_errors():
                 self.sock.unwrap()
         self.sock.close()
@@ -346,15 +346,14 @@ class Connection:
                 yield from self.secure(tls)
             self.reply(220, '%s ESMTP ready' % self.server.hostname)
             self.input = yield from self.receive()
-            if self.input[:2] == b'\x16\x03':
+            if self.input[:1] == b'\x16':
                 raise Gone('speaks TLS from the start: that is for tlsport; '
                            'here only STARTTLS or none', logging.WARNING)
             while not self.leaving:
                 yield from self.obey()
             yield from self.flush()
         except Goodbye as goodbye:
-            log.log(logging.DEBUG if self.sender is None else logging.INFO,
-                    '%s: dismissed: %s', self.client, goodbye)
+            log.debug('%s: dismissed: %s', self.client, goodbye)
             self.reply(421, str(goodbye))
             with suppress_socket_errors():
                 self.sock.send(b''.join(self.replies))
@@ -474,6 +473,7 @@ class Connection:
         import ssl
         yield AWAY
         try:
+            self.sock.getpeername()     # gone already? wrap_socket would leak
             self.sock = context.wrap_socket(
                 self.sock, server_side=True, do_handshake_on_connect=False)
             self.want_read = ssl.SSLWantReadError
@@ -547,8 +547,12 @@ class Connection:
             self.sender, self.recipients, self.parameters)
         try:
             text = yield from self.take_mail(receiver)
-        except BaseException:
+        except BaseException as error:
             self.call(receiver.abort)
+            if isinstance(error, (Goodbye, Gone)):
+                log.warning('%s: the mail from <%s> was never completed, '
+                            'nothing of it is kept: %s', self.client,
+                            self.sender, error)
             raise
         finally:
             self.forget()
@@ -706,7 +710,7 @@ class Server:
         self._count = threading.Lock()      # guards _team, _away, and how
                                             # connections come back
         self._team, self._away = [], 0
-        self._stopping = False
+        self._short_of_threads = self._stopping = False
         self._bell, self._ringer = socket.socketpair()
         self._spare = os.open(os.devnull, os.O_RDONLY)
 
@@ -743,9 +747,11 @@ class Server:
         return sock
 
     def start(self):
-        """Serves from now on, in threads of its own."""
+        """Serves from now on, in threads of its own. Raises RuntimeError if
+        not one can be had."""
         self._selector.register(self._bell, READ, self._answer_bell)
-        self._hire()
+        if not self._hire():
+            raise RuntimeError('no thread can be started')
 
     def stop(self, grace=8.0):
         """No new clients; who is between the final dot and the 250 gets it,
@@ -776,9 +782,12 @@ class Server:
         try:
             thread.start()
         except RuntimeError as error:
-            log.warning('no more threads (%s): clients wait for each other',
-                        error)
+            if not self._short_of_threads:
+                log.warning('no more threads: %s; clients wait for each other',
+                            error)
+            self._short_of_threads = True
             return False
+        self._short_of_threads = False
         self._team.append(thread)
         return True
 

@@ -15,9 +15,10 @@ figures are true for this box at this hour.
 import argparse
 import asyncio
 import collections
+import concurrent.futures
 import contextlib
-import functools
 import glob
+import itertools
 import os
 import re
 import shutil
@@ -27,12 +28,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-SENDER, RECIPIENT = 'printer@bench.test', 'you@bench.test'
+SENDER, RECIPIENT = b'printer@bench.test', b'you@bench.test'
 BLOCK = (b'x' * 70 + b'\r\n') * 14563           # about a megabyte
+CROWD, LIMIT = 500, 60                  # idle clients; seconds a step may take
+MESSAGE = b'From: <%s>\r\n\r\n' % SENDER + BLOCK[:56 * 72]     # 4 KB
 now = time.monotonic                            # one clock for all processes
 
 
@@ -40,23 +42,17 @@ class Skipped(Exception):
     """Why something could not be measured."""
 
 
-def message(id, size=4096):
-    head = 'From: <%s>\r\nMessage-Id: <%s@bench.test>\r\n\r\n' % (SENDER, id)
-    return head.encode() + BLOCK[-(size - len(head)) // 72 * 72:]
-
-
 # --- Processes beside: a destination, a load, a disk at work ----------------
 
 class Sink(asyncio.Protocol):
     """A server that says yes, delay seconds late, and forgets. A line per
-    mail is left in log: seconds, size, Message-Id."""
-    ID = re.compile(rb'^message-id:\s*(\S+)', re.IGNORECASE | re.MULTILINE)
+    mail is left in log: seconds, size."""
     REPLIES = {b'EHLO': b'250-bench\r\n250-PIPELINING\r\n250 8BITMIME\r\n',
                b'DATA': b'354 go\r\n', b'QUIT': b'221 bye\r\n'}
 
     def __init__(self, log, delay):
         self.log, self.delay = log, delay
-        self.buffer, self.head = b'', None      # head: inside a mail
+        self.buffer, self.size = b'', None      # size: inside a mail
 
     def connection_made(self, transport):
         self.transport = transport
@@ -70,12 +66,12 @@ class Sink(asyncio.Protocol):
             self.transport.write(text)
 
     def data_received(self, data):
-        self.buffer, replies = self.buffer + data, [b'']
-        while replies[-1] is not None:
-            replies.append(self.command() if self.head is None
-                           else self.content())
-        if len(replies) > 2:
-            self.answer(b''.join(replies[:-1]))
+        self.buffer += data
+        replies = b''.join(iter(
+            lambda: self.command() if self.size is None else self.content(),
+            None))
+        if replies:
+            self.answer(replies)
 
     def command(self):
         line, end, rest = self.buffer.partition(b'\n')
@@ -83,21 +79,19 @@ class Sink(asyncio.Protocol):
             return None
         self.buffer, verb = rest, line[:4].upper()
         if verb == b'DATA':
-            self.head, self.size, self.buffer = b'', 0, b'\r\n' + rest
+            self.size, self.buffer = 0, b'\r\n' + rest
         return self.REPLIES.get(verb, b'250 ok\r\n')
 
     def content(self):
         """Counts what is there, but for what may begin the end."""
-        end = self.buffer.find(b'\r\n.\r\n')
-        cut = end if end >= 0 else max(0, len(self.buffer) - 4)
-        self.head += self.buffer[:cut if len(self.head) < 4096 else 0]
-        self.size += cut
-        self.buffer = self.buffer[cut + (5 if end >= 0 else 0):]
-        if end < 0:
+        lines, end, rest = self.buffer.partition(b'\r\n.\r\n')
+        if not end:
+            lines, rest = lines[:-4], lines[-4:]
+        self.size, self.buffer = self.size + len(lines), rest
+        if not end:
             return None
-        self.log.write('%.6f %d %s\n' % (
-            now(), self.size, self.ID.search(self.head)[1].decode()))
-        self.head = None
+        self.log.write('%.6f %d\n' % (now(), self.size))
+        self.size = None
         return b'250 ok\r\n'
 
 
@@ -114,64 +108,34 @@ async def load_process(port, clients, mails, keep):
     numbers = iter(range(int(mails)))
 
     async def client():
-        for number in numbers:
+        for _ in numbers:
             reader, writer = await asyncio.open_connection('127.0.0.1', port)
+
+            async def say(line):
+                writer.write(line + b'\r\n')
+                if (await reader.readline())[:1] not in b'23':
+                    sys.exit('refused: ' + line[:50].decode())
             await reader.readline()
-            await ask(reader, writer, b'HELO bench.test\r\n')
-            while number is not None:
-                for line in ('MAIL FROM:<%s>' % SENDER,
-                             'RCPT TO:<%s>' % RECIPIENT, 'DATA'):
-                    await ask(reader, writer, line.encode() + b'\r\n')
-                await ask(reader, writer, message(number) + b'.\r\n')
-                number = next(numbers, None) if keep == 'True' else None
-            await ask(reader, writer, b'QUIT\r\n')
+            await say(b'HELO bench.test')
+            while True:
+                await say(b'MAIL FROM:<%s>' % SENDER)
+                await say(b'RCPT TO:<%s>' % RECIPIENT)
+                await say(b'DATA')
+                await say(MESSAGE + b'.')
+                if keep != 'True' or next(numbers, None) is None:
+                    break
+            await say(b'QUIT')
             writer.close()
     await asyncio.gather(*(client() for _ in range(int(clients))))
 
 
-async def ask(reader, writer, data):
-    writer.write(data)
-    reply = await reader.readline()
-    if reply[:1] not in (b'2', b'3'):
-        sys.exit('%r was answered %r' % (data[:50], reply))
-
-
-async def sync_process(folder, threads, seconds):
-    """How many 4 KB files a second so many threads make and sync."""
-    counts, end = [], now() + float(seconds)
-
-    def work(name):
-        count, content = 0, b'x' * 4096
-        while now() < end:
-            file = os.open('%s/%s-%d' % (folder, name, count),
-                           os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            os.write(file, content)
-            os.fsync(file)
-            os.close(file)
-            count += 1
-        counts.append(count / float(seconds))
-    team = [threading.Thread(target=work, args=(n,), name='sync-%d' % n)
-            for n in range(int(threads))]
-    for thread in team:
-        thread.start()
-    for thread in team:
-        thread.join()
-    print(sum(counts))
-
-
-PROCESSES = {'sink': sink_process, 'load': load_process,
-             'sync': sync_process}
+PROCESSES = {'sink': sink_process, 'load': load_process}
 
 
 def process(name, *arguments):
     """The command line of one of these."""
     return [sys.executable, __file__, '--process', name] + [
         str(argument) for argument in arguments]
-
-
-def read(path):
-    with open(path) as file:
-        return file.read()
 
 
 @contextlib.contextmanager
@@ -189,14 +153,14 @@ def running(command, **options):
             child.wait()
 
 
-def output(command, limit):
+def output(command):
     try:
         return subprocess.run(command, stdout=subprocess.PIPE, check=True,
-                              stderr=subprocess.STDOUT, timeout=limit).stdout
+                              stderr=subprocess.STDOUT, timeout=LIMIT).stdout
     except subprocess.CalledProcessError as error:
         raise Skipped(error.stdout.decode()[-200:].strip())
     except subprocess.TimeoutExpired:
-        raise Skipped('not done in %d s' % limit)
+        raise Skipped('not done in %d s' % LIMIT)
 
 
 # --- Bench: the proxy, and what every workload needs ------------------------
@@ -218,8 +182,13 @@ def greeted(port):
     raise Skipped('nobody says 220')
 
 
+def read(path):
+    with open(path) as file:
+        return file.read()
+
+
 class Proxy:
-    """One that runs: its port, its pid, and what /proc knows of it."""
+    """One that runs, and what /proc knows of it."""
 
     def __init__(self, folder, port, pid):
         self.folder, self.port, self.pid = folder, port, pid
@@ -239,11 +208,10 @@ class Proxy:
             'SC_CLK_TCK')
 
     def memory(self, key):
-        return memory(self.pid, key)
-
-    def forget_peak(self):
-        with open('/proc/%d/clear_refs' % self.pid, 'w') as file:
-            file.write('5')
+        """MB, of 'Pss', 'VmRSS' or 'VmHWM'."""
+        file = 'smaps_rollup' if key == 'Pss' else 'status'
+        return int(re.search(key + r':\s+(\d+)', read(
+            '/proc/%d/%s' % (self.pid, file)))[1]) / 1024
 
     def wake_ups(self):
         """Voluntary context switches of all threads."""
@@ -251,39 +219,30 @@ class Proxy:
                    for path in glob.glob('/proc/%d/task/*/status' % self.pid))
 
 
-def memory(pid, key):
-    """MB, of 'Pss', 'VmRSS' or 'VmHWM'."""
-    file = 'smaps_rollup' if key == 'Pss' else 'status'
-    return int(re.search(key + r':\s+(\d+)', read(
-        '/proc/%d/%s' % (pid, file)))[1]) / 1024
-
-
-INI = """[config]
-port=%d
-host=127.0.0.1
-msgdir=msgs
-maxsize=10000000000
-maxconnections=2000
-deleteonerror=false
-sleeptime=%d
-[default]
-smtphost=127.0.0.1
-smtpport=%d
-"""
-
-
 class Bench:
 
     def __init__(self, options, folder):
-        self.options, self.folder, self.limit = options, folder, options.limit
+        self.options, self.folder = options, folder
         self.source = shutil.which('smtp-source', path=os.environ.get(
             'PATH', os.defpath) + ':/usr/sbin:/usr/lib/postfix/sbin')
         self.mails = options.mails or min(2000, max(50, int(self.syncs(8))))
 
     def syncs(self, threads):
-        with tempfile.TemporaryDirectory(dir=self.folder) as folder:
-            return float(output(process('sync', folder, threads, 0.7),
-                                self.limit))
+        """4 KB files made and synced, a second, by so many threads."""
+        end = now() + 0.7
+
+        def work(name):
+            for count in itertools.count():
+                if now() > end:
+                    return count / 0.7
+                file = os.open('%s/%s-%d' % (folder, name, count),
+                               os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                os.write(file, BLOCK[:4096])
+                os.fsync(file)
+                os.close(file)
+        with tempfile.TemporaryDirectory(dir=self.folder) as folder, \
+                concurrent.futures.ThreadPoolExecutor(threads) as team:
+            return sum(team.map(work, range(threads)))
 
     def load(self, proxy, clients, mails, keep=False):
         """Hands mails in; returns the mails a second."""
@@ -291,14 +250,14 @@ class Bench:
         output([self.source, '-s', str(clients), '-m', str(mails), '-l',
                 '4096', '-f', SENDER, '-t', RECIPIENT] + ['-d'] * keep
                + ['127.0.0.1:%d' % proxy.port] if self.source else
-               process('load', proxy.port, clients, mails, keep), self.limit)
+               process('load', proxy.port, clients, mails, keep))
         return mails / (now() - begin)
 
     def wait(self, what, condition):
-        end = now() + self.limit
+        end = now() + LIMIT
         while not condition():
             if now() > end:
-                raise Skipped('not in %d s: %s' % (self.limit, what))
+                raise Skipped('not in %d s: %s' % (LIMIT, what))
             time.sleep(0.001)
 
     @contextlib.contextmanager
@@ -308,7 +267,11 @@ class Bench:
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             with open(folder + '/smtpproxy.ini', 'w') as file:
                 os.chmod(file.name, 0o600)
-                file.write(INI % (port, sleeptime, destination or free_port()))
+                file.write(
+                    '[config]\nport=%d\nhost=127.0.0.1\nmaxsize=10000000000\n'
+                    'maxconnections=2000\ndeleteonerror=false\nmsgdir=msgs\n'
+                    'sleeptime=%d\n[default]\nsmtphost=127.0.0.1\nsmtpport=%d'
+                    % (port, sleeptime, destination or free_port()))
             with running([sys.executable, TOP + '/smtpproxy.py', '--config',
                           file.name], stdout=subprocess.DEVNULL) as pid:
                 greeted(port)
@@ -317,7 +280,7 @@ class Bench:
     @contextlib.contextmanager
     def relaying(self, delay=0.0):
         """(a Proxy that has delivered ten mails, arrivals): arrivals(n)
-        waits for n more and returns all so far, [seconds, size, id]."""
+        waits for n more and returns all so far, [seconds, size]."""
         port, rows = free_port(), []
         path = os.path.join(self.folder, 'arrived')
         with running(process('sink', port, path, delay)):
@@ -335,8 +298,8 @@ class Bench:
 
 def hand_in(client, *content):
     """One mail; returns when its 250 is there."""
-    client.mail(SENDER)
-    client.rcpt(RECIPIENT)
+    client.mail(SENDER.decode())
+    client.rcpt(RECIPIENT.decode())
     client.docmd('DATA')
     for chunk in content + (b'.\r\n',):
         client.sock.sendall(chunk)
@@ -377,8 +340,7 @@ def relay(bench, delay=0.0):
         bench.load(proxy, 8, bench.mails)
         rows = arrivals(bench.mails)
         return {'mails/s': bench.mails / (float(rows[-1][0]) - begin),
-                'CPU ms a mail': (proxy.cpu() - cpu) / bench.mails,
-                'sent twice': len(rows) - len({id for _, _, id in rows})}
+                'CPU ms a mail': (proxy.cpu() - cpu) / bench.mails}
 
 
 def far(bench):
@@ -390,9 +352,9 @@ def latency(bench):
     """from the client's 250 to the arrival, one mail at a time"""
     accepts, arrived = [], []
     with bench.relaying() as (proxy, arrivals), proxy.client() as client:
-        for number in range(min(bench.mails, 200)):
+        for _ in range(min(bench.mails, 200)):
             begin = now()
-            at = hand_in(client, message(number))
+            at = hand_in(client, MESSAGE)
             accepts.append((at - begin) * 1000)
             arrived.append((float(arrivals(1)[-1][0]) - at) * 1000)
     arrived.sort()
@@ -406,10 +368,11 @@ def large(bench):
     blocks, megabyte = bench.options.megabytes, len(BLOCK) / 1e6
     with bench.relaying() as (proxy, arrivals), proxy.client() as client:
         before = proxy.memory('VmRSS')
-        proxy.forget_peak()
+        with open('/proc/%d/clear_refs' % proxy.pid, 'w') as file:
+            file.write('5')                     # the peak counts from here
         begin = now()
-        at = hand_in(client, message('large'), *[BLOCK] * blocks)
-        when, size, _ = arrivals(1)[-1]
+        at = hand_in(client, MESSAGE, *[BLOCK] * blocks)
+        when, size = arrivals(1)[-1]
         if int(size) < len(BLOCK) * blocks:
             raise Skipped('it arrived with %s bytes' % size)
         return {'in MB/s': blocks * megabyte / (at - begin),
@@ -438,27 +401,26 @@ def rest(bench):
 def sleeping_python(bench):
     """A bare python3 by the same names."""
     begin = now()
-    output([sys.executable, '-c', 'pass'], bench.limit)
+    output([sys.executable, '-c', 'pass'])
     seconds = now() - begin
     with running([sys.executable, '-c', 'import time; time.sleep(9)']) as pid:
         time.sleep(1)
-        pss = memory(pid, 'Pss')
-        return {'start s': seconds, 'RSS MB': memory(pid, 'VmRSS'),
-                'PSS MB': pss, 'PSS MB after 10 mails': pss}
+        pss, rss = map(Proxy(None, None, pid).memory, ('Pss', 'VmRSS'))
+        return {'start s': seconds, 'RSS MB': rss, 'PSS MB': pss,
+                'PSS MB after 10 mails': pss}
 
 
 def crowd(bench):
-    """idle connections, and one mail more"""
-    count = bench.options.connections
+    """500 idle connections, and one mail more"""
     with bench.relaying() as (proxy, _), contextlib.ExitStack() as stack:
         before = proxy.memory('Pss')
-        for _ in range(count):
+        for _ in range(CROWD):
             stack.callback(proxy.client().close)
         grown = proxy.memory('Pss') - before
         begin = now()
         with proxy.client() as client:
-            seconds = hand_in(client, message('more')) - begin
-        return {'KB each': grown * 1024 / count,
+            seconds = hand_in(client, MESSAGE) - begin
+        return {'KB each': grown * 1024 / CROWD,
                 'one more mail ms': seconds * 1000}
 
 
@@ -509,17 +471,14 @@ def measure(bench, name):
                     figures[figure].append(value)
             except (Skipped, OSError, smtplib.SMTPException) as error:
                 print('  not measured: %s' % error)
+    row = '  %-22s' + '%24s' * (2 * len(runs) - 1)
     columns = [run.__name__.replace('_', ' ') for run in runs[1:]]
-    print('  %-22s' % '' + ''.join('%24s' % cell for cell in [
-        'smtpproxy'] + columns + ['ratio'] * len(columns)))
+    print(row % ('', 'smtpproxy', *columns, *['ratio'] * len(columns)))
     for figure, own in values[0].items():
-        cells = [spread(own)]
-        for limits in values[1:]:
-            limit = limits.get(figure, [])
-            cells += [spread(limit), spread(
-                [a / b for a, b in zip(own, limit)])]
-        print('  %-22s' % figure + ''.join('%24s' % cell for cell in cells))
-    sys.stdout.flush()
+        limit = values[1].get(figure, []) if runs[1:] else []
+        ratios = [a / b for a, b in zip(own, limit)]
+        print(row % (figure, *map(
+            spread, [own, limit, ratios][:2 * len(runs) - 1])), flush=True)
 
 
 def spread(values):
@@ -535,17 +494,14 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         description=__doc__, prog='python3 -m tests.bench',
         formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('workload', nargs='*', help=', '.join(WORKLOADS))
-    add = functools.partial(parser.add_argument, type=int, metavar='N')
-    add('--rounds', default=3, help='(default: 3)')
-    add('--mails', help='a load (default: what the disk can sync in a '
-        'second, at most 2000)')
-    add('--megabytes', default=100, help='of the large mail (default: 100)')
-    add('--connections', default=500, help='of the crowd (default: 500)')
-    add('--idle', default=10, help='seconds for wake-ups (default: 10)')
-    add('--limit', default=60, help='seconds a step may take (default: 60)')
-    parser.add_argument('--folder', default=TOP, help='on the disk that '
-                        'counts (default: the program\'s)')
+    add = parser.add_argument
+    add('workload', nargs='*', help=', '.join(WORKLOADS))
+    add('--rounds', type=int, default=3, help='(default: 3)')
+    add('--mails', type=int, help='a load (default: what the disk can sync '
+        'in a second, at most 2000)')
+    add('--megabytes', type=int, default=100, help='of the large mail')
+    add('--idle', type=int, default=10, help='seconds to count wake-ups')
+    add('--folder', default=TOP, help='on the disk that counts')
     options = parser.parse_args(arguments)
     for name in set(options.workload) - set(WORKLOADS):
         parser.error('%s? there are %s' % (name, ', '.join(WORKLOADS)))

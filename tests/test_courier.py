@@ -168,7 +168,6 @@ class ByPOP(CourierCase):
         self.assertTrouble(courier.deliver(self.mail()), 'locked')
         self.assertSent(courier.deliver(self.mail()))
 
-    # BUG, reported: fails as long as the program is not mended.
     def test_a_lost_reply_to_quit_costs_nothing(self):
         """The login counts as soon as PASS was answered +OK."""
         pop, smtp = self.pop(script={'QUIT': DROP}), self.smtp()
@@ -357,7 +356,6 @@ class SigningIn(CourierCase):
                            'check smtpusername and smtppassword')
         self.assertNotIn(PASSWORD, str(report.later))
 
-    # BUG, reported: fails as long as the program is not mended.
     def test_a_refused_login_is_named_though_the_server_hangs_up(self):
         def refuse_and_drop(conversation):
             conversation.say('535 5.7.8 wrong password')
@@ -405,7 +403,6 @@ class Secrets(CourierCase):
     def deliver(self, courier):
         return courier.deliver(self.mail())
 
-    # BUG, reported: fails as long as the program is not mended.
     def test_the_smtp_dialogue_is_logged_without_the_login(self):
         for mechanism in SigningIn.ALL:
             for level in 1, 2:
@@ -452,7 +449,6 @@ class Secrets(CourierCase):
                     self.assertEqual(
                         [], [x for x in self.secrets() if x in text])
 
-    # BUG, reported: fails as long as the program is not mended.
     def test_a_pop_server_that_repeats_it_does_not_either(self):
         pop = self.serve(FakePOP({'PASS': '-ERR no user with %s' % PASSWORD}))
         for level in 0, 2:

@@ -235,8 +235,9 @@ class FaultCase(ProxyCase):
         self.start({'deleteonerror': deleteonerror, 'sleeptime': 60},
                    accounts)
         client = self.greeted()
-        self.ids = {row.name: self.submit(self.content(row), self.sender(row),
-                                     (A, B), client) for row in ROWS}
+        self.ids = {row.name: self.submit(
+            self.content(row), self.sender(row), (A, B), client)
+            for row in ROWS}
         self.submit(sender='well@home.lan', client=client)
         self.assertDelivered([A])
         self.assertTrue(self.proxy.relay.in_flight, 'none hangs any more')
