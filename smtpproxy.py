@@ -657,8 +657,9 @@ class Unfinished(Exception):
     """A file in msgs/ whose end is missing: it was never promised."""
 
 
-TAIL = re.compile(rb'\.\r\nNOOP crc32=([0-9a-f]{8})\r\n\Z')
-TAIL_SIZE = len(b'.\r\nNOOP crc32=01234567\r\n')
+END = b'\r\n.\r\nNOOP crc32='     # no mail can hold this: its dots are doubled
+END_SIZE = len(END) + len(b'01234567\r\n')
+STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
 
@@ -669,35 +670,47 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool; account_trouble: bool, the problem is not this mail's own."""
+    bool; account_trouble: bool, the problem is not this mail's own. start,
+    body, dot: offsets of the header, of the empty line behind it, and of what
+    follows the final dot's line."""
+
+    # What is kept while it is in trouble, and its types.
+    STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
+             'problem': str, 'handled': bool, 'parked': bool,
+             'account_trouble': bool}
 
     def __init__(self, id, path, data=None):
         self.id, self.path, self.data = id, path, data
         self.tries, self.due, self.problem = 0, 0.0, ''
         self.handled = self.parked = self.account_trouble = False
         self.refused = {}           # {recipient: reply}, refused for good
-        self.has_state, self._msg = False, None
+        self._msg, self.seen = None, 0
         self.read()
+        self.saved = self.state()
 
     def read(self):
-        """The envelope and the header, and all of it if it is small. Raises
-        Unfinished, Unreadable, OSError."""
+        """The envelope, the header and the state, and all of it if it is
+        small. Raises Unfinished, Unreadable, OSError."""
         if self.data is None:
             with open(self.path, 'rb', buffering=0) as file:
-                self.read_file(file)
+                tail = self.read_file(file)
         else:
-            self.size, end = len(self.data), self.data[-TAIL_SIZE:]
-            self.tail = TAIL.match(end)
-        if not self.tail:
+            self.size, tail = len(self.data), self.data
+        at = tail.find(END)
+        if at < 0 or len(tail) < at + END_SIZE:
             start = self.data.rstrip(b'\0')[:len(HANDLED)]
             raise (Unfinished('it has no end') if any(
                 known.startswith(start) or start.startswith(known)
                 for known in (b'MAIL FROM:', HANDLED))
                 else Unreadable('it is no mail of smtpproxy'))
+        self.dot = self.size - len(tail) + at + len(b'\r\n.\r\n')
         self.parse_envelope()
-        self.checksum = int(self.tail[1], 16)
+        self.body = self.start + split_header(
+            self.data[self.start:self.dot - 3])
+        self.parse_end(tail[at + len(END):])
 
     def read_file(self, file):
+        """Fills data; returns the end of the file, from END or earlier."""
         self.size = os.fstat(file.fileno()).st_size
         self.data = file.read(smtps.CHUNK)
         while len(self.data) < self.size and (
@@ -706,8 +719,34 @@ class Mail:
             if not more:
                 break
             self.data += more
-        file.seek(max(0, self.size - TAIL_SIZE))
-        self.tail = TAIL.match(file.read(TAIL_SIZE))
+        tail, length = self.data, 4096
+        while END not in tail and length < 2 * self.size:
+            file.seek(max(0, self.size - length))
+            tail, length = file.read(), length * 8
+        return tail
+
+    def parse_end(self, text):
+        """The checksum, and the states that were added: the last one that is
+        whole counts, field by field. Raises Unfinished."""
+        if not re.match(rb'[0-9a-f]{8}\r\n', text):
+            raise Unfinished('its end is not whole')
+        self.checksum = int(text[:8], 16)
+        for line, checksum in STATE.findall(text):
+            if zlib.crc32(line) == int(checksum, 16):
+                self.apply(line)
+
+    def apply(self, line):
+        import json
+        state = json.loads(line.decode())
+        self.seen = state.pop('seen', 0)
+        if all(type(value) is self.STATE.get(name)
+               for name, value in state.items()):
+            vars(self).update(state)
+            self.to = [Address(to) for to in self.to]
+
+    def state(self):
+        return {name: kind(getattr(self, name))
+                for name, kind in self.STATE.items()}
 
     def parse_envelope(self):
         envelope, data, _ = self.data.partition(b'\r\nDATA\r\n')
@@ -729,7 +768,7 @@ class Mail:
 
     def verify(self):
         """Raises Unreadable if the bytes are not those that were stored."""
-        checksum, left = 0, self.size - len(b'NOOP crc32=01234567\r\n')
+        checksum, left = 0, self.dot
         with open(self.path, 'rb', buffering=0) as file:
             while left:
                 chunk = file.read(min(left, smtps.CHUNK))
@@ -741,16 +780,7 @@ class Mail:
 
     def header(self):
         """The header, dots doubled, with its last line end."""
-        return self.data[self.start:self.body()]
-
-    def body(self):
-        """Offset of the empty line behind the header; the final dot's line
-        ends at dot()."""
-        return self.start + split_header(
-            self.data[self.start:self.dot() - 3])
-
-    def dot(self):
-        return self.size - len(b'NOOP crc32=01234567\r\n')
+        return self.data[self.start:self.body]
 
     def field(self, name):
         """A header field's value for a log line (str)."""
@@ -764,7 +794,7 @@ class Mail:
             with open(self.path, 'rb') as file:
                 file.seek(self.start)
                 self._msg = unstuffed(
-                    file.read(self.dot() - 3 - self.start))
+                    file.read(self.dot - 3 - self.start))
         return self._msg
 
     @msg.setter
@@ -855,31 +885,30 @@ class Spool:
 
       files                   made by              a crash there costs
       ------------------------------------------------------------------
-      ID.mail without its     Draft.write          nothing: no 250 was said;
-        last line                                  swept at start
-      ID.mail                 Draft.commit: the    at worst a second copy,
-                              last line + fsync    stored with its 250 unheard
-                              IS THE PROMISE
-      ID.mail ID.new          save, replace        ID.new counts for nothing;
+      ID.mail without END     Draft.write          nothing: no 250 was said;
+                                                   swept at start
+      ID.mail                 Draft.commit: END    at worst a second copy,
+                              + fsync IS THE       stored with its 250 unheard
+                              PROMISE
+      ID.mail with lines      save: each line has  one try more before it; an
+        "NOOP state=" behind  its checksum, one    accepted recipient's second
+        END                   fsync                copy, never after
+      ID.mail ID.new          replace              ID.new counts for nothing;
                                                    swept at start
       ID.mail, "handled" in   replace: the rename  handlers may run twice
         its first line                             before it, never after
-      ID.mail ID.state        save: the rename     one try more before it; an
-                                                   accepted recipient's second
-                                                   copy, never after
-      ID.state                remove, half-way     nothing; swept at start
       nothing                 remove               a second copy before it
 
     Beside them: corrupt/ for what can't be read, asked/ for requests of the
-    queue commands (ID.retry, ID.delete), .lock held by the one process that
-    may work here. Only that process changes anything but asked/.
+    queue commands (ID.retry, ID.delete). Only the process that holds the lock
+    on the folder changes anything but asked/.
 
     Time: ids and ages count seconds that this spool has seen with a service
     running, not the box's clock, which may begin in 1970 and jump. They go on
-    where they were: .lock holds the time of the last save()."""
+    where they were: each state says when it was saved."""
 
     ID = re.compile(r'[0-9a-f]{8}-[0-9a-f]{5}')
-    OURS = ('.lock', 'corrupt', 'asked')
+    OURS = ('corrupt', 'asked')
 
     def __init__(self, folder, clock=time.monotonic):
         self.folder, self.clock = folder, clock
@@ -904,8 +933,7 @@ class Spool:
         patience: seconds to wait for a queue command that has the lock."""
         import fcntl
         self.make_folder(self.folder)
-        lock = os.open(os.path.join(self.folder, '.lock'),
-                       os.O_RDWR | os.O_CREAT, 0o600)
+        lock = os.open(self.folder, os.O_RDONLY)
         end = time.monotonic() + patience
         while True:
             try:
@@ -927,31 +955,22 @@ class Spool:
 
     def close(self):
         if self.lock is not None:
-            self.note_time()
             os.close(self.lock)
             self.lock = None
+
+    def is_there(self):
+        """Is it still the folder that we have locked? A disk may be away."""
+        try:
+            return os.path.samestat(os.stat(self.folder), os.fstat(
+                self.lock))
+        except (OSError, TypeError):
+            return False
 
     # Time and ids.
 
     def now(self):
         """Seconds, in this spool's own time."""
         return self.epoch + self.clock()
-
-    def note_time(self):
-        """Not synced: at worst a mail is kept an hour longer."""
-        try:
-            os.pwrite(self.lock, b'%010d\n' % int(self.now()), 0)
-        except (OSError, TypeError):
-            pass                            # a full disk; a queue command
-
-    def last_time(self, ids):
-        """The latest this spool has seen (seconds), 0 if it never was."""
-        times = [int(id[:8], 16) for id in ids]
-        try:
-            times.append(int(os.pread(self.lock, 10, 0)))
-        except (OSError, ValueError, TypeError):
-            pass
-        return max(times, default=0)
 
     def age(self, id):
         """Seconds that a mail has been here with a service running."""
@@ -982,12 +1001,13 @@ class Spool:
             if data is not None:
                 return mail
         except FileNotFoundError:
-            if os.path.exists(os.path.join(self.folder, '.lock')):
+            if self.lock is None or self.is_there():
                 return None
             raise                       # all of msgs/ is away, not this mail
         if to_send and id < self.first_own:
             mail.verify()
-        self.load_state(mail)
+        vars(mail).update(self.unsaved.get(id, {}))
+        self.epoch += max(0, mail.seen - self.now())
         return mail
 
     def remember(self, id, data):
@@ -995,64 +1015,38 @@ class Spool:
         if len(self.fresh) < FRESH and len(data) < FRESH_SIZE:
             self.fresh[id] = data
 
-    def load_state(self, mail):
-        state = self.unsaved.get(mail.id)
-        if state is None:
-            try:
-                with open(self.path(mail.id, 'state'), 'rb') as file:
-                    text = file.read()
-            except FileNotFoundError:
-                return
-            state = self.parse_state(mail.id, text)
-        mail.has_state = True
-        vars(mail).update(state)
-        mail.to = [Address(to) for to in mail.to]
-
-    def parse_state(self, id, text):
-        """{name: value}; a state that can't be read is set aside, the mail is
-        then sent to all its recipients."""
-        import json
-        kinds = {'to': list, 'refused': dict, 'tries': int, 'due': float,
-                 'problem': str, 'handled': bool, 'parked': bool,
-                 'account_trouble': bool}
-        try:
-            state = json.loads(text.decode())
-            if {k: type(v) for k, v in state.items()} != kinds or not all(
-                    isinstance(to, str) for to in state['to']):
-                raise ValueError('its fields are not ours')
-            return state
-        except (ValueError, AttributeError) as error:
-            self.set_aside('%s.state' % id, error)
-            return {}
-
     def save(self, mail):
         """Keeps what is known of a mail in trouble: recipients left, tries.
         When the disk refuses it is remembered as long as we run."""
         import json
-        state = {name: getattr(mail, name) for name in (
-            'to', 'refused', 'tries', 'due', 'problem', 'handled',
-            'parked', 'account_trouble')}
-        mail.has_state = True
+        state = mail.state()
+        new = {name: value for name, value in state.items()
+               if value != mail.saved.get(name)}
+        line = json.dumps(dict(new, seen=int(self.now()))).encode()
         try:
-            self.write_state(mail.id, json.dumps(state, indent=1).encode())
-            self.note_time()
+            self.append(mail.path, b'NOOP state=%s crc32=%08x\r\n' % (
+                line, zlib.crc32(line)))
+            mail.saved = state
             self.unsaved.pop(mail.id, None)
         except OSError as error:
             self.unsaved[mail.id] = state
             log.error('%s: its state cannot be saved: %s; remembered until '
                       'the next stop', mail.id, error)
 
-    def write_state(self, id, text):
-        new = self.path(id, 'new')
-        file = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    @staticmethod
+    def append(path, line):
+        """Adds a line that lasts. Raises OSError; the part of a line that a
+        crash or a full disk has left does no harm."""
+        file = os.open(path, os.O_RDWR | os.O_APPEND)
         try:
-            while text:
-                text = text[os.write(file, text):]
+            os.lseek(file, -2, os.SEEK_END)
+            if os.read(file, 2) != b'\r\n':
+                line = b'\r\n' + line
+            while line:
+                line = line[os.write(file, line):]
             os.fsync(file)
         finally:
             os.close(file)
-        os.rename(new, self.path(id, 'state'))
-        self.sync()
 
     def replace(self, mail):
         """Stores what handlers made of a mail: envelope and message, one
@@ -1074,7 +1068,7 @@ class Spool:
         self.sync()
 
     def remove(self, mail):
-        """Forgets a mail: first the mail, then what is known of it."""
+        """Forgets a mail."""
         try:
             os.unlink(mail.path)
         except FileNotFoundError:
@@ -1086,17 +1080,6 @@ class Spool:
             return
         self.delivered.discard(mail.id)
         self.unsaved.pop(mail.id, None)
-        if mail.has_state:
-            self.forget_state(mail.id)
-
-    def forget_state(self, id):
-        """After the mail itself: without a journal a disk may keep the mail
-        and lose this, and accepted recipients would get it again."""
-        try:
-            self.sync()
-            os.unlink(self.path(id, 'state'))
-        except OSError:
-            pass                        # swept at the next start
 
     def set_aside(self, name, why):
         """Moves what can't be read to corrupt/: never run, never deleted."""
@@ -1118,7 +1101,12 @@ class Spool:
                       name, why, error)
 
     def sync(self):
-        sync_folder(self.folder)
+        """Makes names last. The lock is an open folder: no need for another,
+        as long as it is this one."""
+        if self.lock is not None and self.is_there():
+            os.fsync(self.lock)
+        else:
+            sync_folder(self.folder)
 
     # All of them.
 
@@ -1134,10 +1122,9 @@ class Spool:
         """scan(), and goes on in the time of the newest mail: the service's
         time, if there is nothing, begins with the box's."""
         found = self.scan()
-        last = self.last_time(found)
-        if found or last > self.now():
-            self.epoch = last + 1 - self.clock()
-        self.note_time()
+        if found:
+            newest = max(int(id[:8], 16) for id in found)
+            self.epoch = newest + 1 - self.clock()
         self.first_own = '%08x' % int(self.now())
         return found
 
@@ -1148,10 +1135,10 @@ class Spool:
         for name in os.listdir(self.folder):
             id, _, kind = name.rpartition('.')
             path = os.path.join(self.folder, name)
-            if id in found and kind in ('mail', 'state') or (
+            if id in found and kind == 'mail' or (
                     name in self.OURS or not os.path.isfile(path)):
                 continue
-            if self.ID.fullmatch(id) and kind in ('new', 'state'):
+            if self.ID.fullmatch(id) and kind == 'new':
                 os.unlink(path)
             elif not (self.ID.fullmatch(id) and kind == 'mail'):
                 self.set_aside(name, self.suspect(path))
@@ -2083,13 +2070,14 @@ class Courier:
             self.close()
 
     def send_file(self, mail, header, behind):
-        body, dot = mail.body(), mail.dot()
+        body, dot = mail.body, mail.dot
         if dot <= len(mail.data):
             self.send(header + mail.data[body:dot] + behind)
             return
         self.send(header)
         with open(mail.path, 'rb') as file:
-            self.smtp.sock.sendfile(file, body, dot - body)
+            if self.smtp.sock.sendfile(file, body, dot - body) < dot - body:
+                raise OSError('the file of this mail has become shorter')
         self.send(behind)
 
     def hear_why(self, report, error):
@@ -2415,10 +2403,8 @@ class Relay:
                 os.unlink(self.spool.path(id, 'mail'))
             else:
                 self.spool.set_aside(id + '.mail', error)
-            self.spool.forget_state(id)
         except Unreadable as error:
             self.spool.set_aside(id + '.mail', error)
-            self.spool.forget_state(id)
         except OSError as error:
             log.error('%s: cannot be read: %s; it is tried again later', id,
                       error)
@@ -2958,7 +2944,7 @@ def mails(spool):
 
 def show_queue(settings, options):
     """--queue: what waits in msgs/."""
-    rows = [{'id': mail.id, 'size': mail.dot() - 3 - mail.start,
+    rows = [{'id': mail.id, 'size': mail.dot - 3 - mail.start,
              'age': max(0, int(time.time() - os.path.getmtime(mail.path))),
              'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
              'tries': mail.tries, 'parked': mail.parked,
@@ -3085,7 +3071,7 @@ class TestMail(Mail):
         from email.utils import getaddresses
         headers = message_from_bytes(message)
         self.id, self.data, self.start = 'test', stuffed(message), 0
-        self.size = len(self.data) + TAIL_SIZE
+        self.body, self.dot = split_header(self.data), len(self.data) + 3
         self._msg = message
         addresses = [[Address(a) for _, a in getaddresses(
             headers.get_all(name, [])) if a] for name in ('from', 'to')]

@@ -9,7 +9,7 @@ import time
 import unittest
 
 import smtpproxy
-from tests.fakes import Client, FakePOP, FakeSMTP, wait_until
+from tests.fakes import Client, FakeSMTP, wait_until
 
 SENDER, OTHER = 'printer@home.lan', 'camera@home.lan'
 A, B = 'a@example.org', 'b@example.org'

@@ -427,7 +427,6 @@ class Secrets(CourierCase):
                 for word in 'USER me', 'PASS ***', '+OK welcome':
                     self.assertIn(word, lines)
 
-    # BUG, reported: fails as long as the program is not mended.
     def test_a_server_that_repeats_the_secret_does_not_give_it_away(self):
         """As in '500 command unrecognized: AUTH PLAIN ...'."""
         def echo(conversation):
