@@ -1856,8 +1856,9 @@ class Courier:
     def without_secrets(self, text):
         """Some servers repeat what they were told."""
         account = self.account
-        for secret in filter(None, (account.smtppassword,
-                                    account.poppassword)):
+        for secret in account.smtppassword, account.poppassword:
+            if len(secret) < 4:
+                continue                # it would veil half of every line
             for form in (secret, encoded64(secret), encoded64('\0%s\0%s' % (
                     account.smtpusername, secret))):
                 text = text.replace(form, '***')
@@ -2062,7 +2063,7 @@ class Courier:
             self.hear_why(report, error)
             return
         self.offered = self.upcoming if behind else None
-        reply = self.reply(DOT_TIME)
+        reply = self.reply(DOT_TIME, final=True)
         if 300 <= reply[0] < 400:
             raise OSError('the final dot was answered %d %s' % reply)
         report.settle_all(*reply)
@@ -2083,7 +2084,7 @@ class Courier:
     def hear_why(self, report, error):
         """A server that refuses in the middle of a mail says so first."""
         try:
-            code, text = self.reply(CONNECT_TIME)
+            code, text = self.reply(CONNECT_TIME, final=True)
         except OSError:
             raise error
         if code < 400:
@@ -2098,12 +2099,13 @@ class Courier:
             self.smtp.sock.settimeout(REPLY_TIME)
         self.smtp.sock.sendall(data)
 
-    def reply(self, seconds=REPLY_TIME):
-        """(code, text in one line). Raises OSError; Closing on a 421."""
-        self.smtp.reply_time = seconds
+    def reply(self, seconds=None, final=False):
+        """(code, text in one line). Raises OSError; Closing on a 421, unless
+        it is final: the verdict on a mail."""
+        self.smtp.reply_time = seconds or REPLY_TIME
         code, text = self.smtp.getreply()
         text = self.without_secrets(plain(text))
-        if code == 421 and seconds == REPLY_TIME:
+        if code == 421 and not final:
             raise Closing('421 ' + text)
         return code, text
 
@@ -2473,7 +2475,7 @@ class Relay:
                 self.report_trouble(lane, mail, report)
                 return
             lane.failures = 0
-            self.settle(mail, report)
+            self.settle(mail, report, lane.account.server)
             if not lane.proven:
                 lane.proven = True
                 self.inbox.put(functools.partial(self.staff, lane))
@@ -2510,16 +2512,15 @@ class Relay:
 
     # What a failure means: the only place that knows.
 
-    def settle(self, mail, report):
+    def settle(self, mail, report, server='nobody'):
         """Acts on the verdict of one attempt."""
-        account = self.settings.account_for(mail.frm)
         for reply, recipients in grouped(report.sent):
             log.info('%s: sent to %s by %s: %s', mail.id, listed(recipients),
-                     account.server if account else '-', reply)
+                     server, reply)
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
         if report.later or mail.refused:
-            comes_back = self.settle_failure(mail, report)
+            comes_back = self.settle_failure(mail, report, server)
         else:
             comes_back = False
             self.spool.remove(mail)
@@ -2527,14 +2528,13 @@ class Relay:
             self.waiting.discard(mail.id)
         self.in_flight.discard(mail.id)
 
-    def settle_failure(self, mail, report):
+    def settle_failure(self, mail, report, server):
         """Returns whether it will be tried again by itself."""
         failed = dict(mail.refused, **report.later)
-        account = self.settings.account_for(mail.frm)
         why = '; '.join('%s for %s' % (reply, listed(recipients))
                         for reply, recipients in grouped(failed))
-        if account and account.server not in why:
-            why = '%s said %s' % (account.server, why)
+        if server not in why:
+            why = '%s said %s' % (server, why)
         mail.tries += 1
         mail.problem, mail.handled, mail.parked = why, True, False
         mail.account_trouble = report.trouble
@@ -2562,7 +2562,7 @@ class Relay:
         all others wait for that without a try of their own."""
         lane.in_trouble = False
         if self.settings.config.deleteonerror or lane.closed:
-            self.settle(mail, report)
+            self.settle(mail, report, lane.account.server)
             self.staff(lane)
             return
         mail.to = [Address(a) for a in report.later]
@@ -2614,7 +2614,7 @@ class Relay:
             report = Report(mail.to)
             report.settle_all(550, 'no account for sender <%s>, add a section '
                               'for it or [default]' % mail.frm)
-            self.settle(mail, report)
+            self.settle(mail, report, 'the ini')
 
     @staticmethod
     def describe(mail, recipients):
@@ -2702,6 +2702,9 @@ GRACE = 8.0                 # seconds for what is under way at a stop
 
 class Proxy:
     """The only class that knows all others."""
+
+    hint = ('. If SIGHUP was meant to stop it: that was 1.x, install the '
+            'present smtpproxy.init.d')
 
     def __init__(self, settings):
         self.settings, self.started = settings, settings.config
@@ -2860,8 +2863,9 @@ class Proxy:
         self.relay.reload(new, self.handlers)
         for warning in new.warnings:
             log.warning('%s', warning)
-        log.info('reloaded %s: %d accounts, waiting mail is tried now',
-                 new.file, len(new.accounts))
+        log.info('reloaded %s: %d accounts, waiting mail is tried now%s',
+                 new.file, len(new.accounts), self.hint)
+        self.hint = ''
 
     def stop(self):
         """Within ten seconds."""

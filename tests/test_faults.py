@@ -176,8 +176,6 @@ class FaultCase(ProxyCase):
                 ('DOT_TIME', DOT_TIME), ('LINGER', .05)):
             self.patch(smtpproxy, name, value)
         self.patch(smtpproxy.SmtpDialogue, 'reply_time', REPLY_TIME)
-        if smtpproxy.Courier.reply.__defaults__ == (60,):
-            self.patch(smtpproxy.Courier.reply, '__defaults__', (REPLY_TIME,))
         self.patch(socket, 'getaddrinfo', look_up)
         self.ports = {'refused': self.deaf(),
                       'blackhole': self.blackhole()}
