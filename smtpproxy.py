@@ -31,7 +31,7 @@ from typing import NamedTuple
 
 VERSION = '2.0.0'
 HOST = re.sub(r'[^A-Za-z0-9.-]', '-', socket.gethostname()) or 'localhost'
-HOME = os.path.dirname(os.path.abspath(__file__))
+HOME = os.path.dirname(os.path.realpath(__file__))
 
 # OpenWrt's python3-light comes in pieces: who misses one is told its name.
 PACKAGES = {'logging': 'python3-logging', 'ssl': 'python3-openssl',
@@ -381,6 +381,11 @@ class IniReader:
         """Defaults that depend on something else, checks across keys."""
         if not os.path.isabs(config.msgdir):
             config = config._replace(msgdir=os.path.join(HOME, 'msgs'))
+        if os.path.realpath(config.msgdir) in map(os.path.realpath, (
+                HOME, self.folder)):
+            self.complain('config', 'msgdir', '= %s: must be a folder of its '
+                          'own: what is no mail there is moved to corrupt/'
+                          % config.msgdir)
         if not os.path.isabs(logs.file):
             logs = logs._replace(file=os.path.join(self.folder, logs.file))
         if bool(config.tlscert) != bool(config.tlskey):
@@ -632,8 +637,9 @@ def fields_named(*names):
 
 def split_header(content):
     """Where the body of a mail (bytes) begins, at its empty line."""
+    end = content.find(b'\r\n\r\n')
     return 0 if content.startswith(b'\r\n') else (
-        content.find(b'\r\n\r\n') + 2 or len(content))
+        end + 2 if end >= 0 else len(content))
 
 
 def stuffed(message):
@@ -670,19 +676,17 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool; account_trouble: bool, the problem is not this mail's own. start,
-    body, dot: offsets of the header, of the empty line behind it, and of what
-    follows the final dot's line."""
+    bool. start, body, dot: offsets of the header, of the empty line behind
+    it, and of what follows the final dot's line."""
 
     # What is kept while it is in trouble, and its types.
     STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
-             'problem': str, 'handled': bool, 'parked': bool,
-             'account_trouble': bool}
+             'problem': str, 'handled': bool, 'parked': bool}
 
     def __init__(self, id, path, data=None):
         self.id, self.path, self.data = id, path, data
         self.tries, self.due, self.problem = 0, 0.0, ''
-        self.handled = self.parked = self.account_trouble = False
+        self.handled = self.parked = False
         self.refused = {}           # {recipient: reply}, refused for good
         self._msg, self.seen = None, 0
         self.read()
@@ -1112,11 +1116,9 @@ class Spool:
 
     def scan(self):
         """The ids of all mails here, oldest first. Touches no file."""
-        found = sorted(name[:-5] for name in os.listdir(self.folder)
-                       if name.endswith('.mail')
-                       and self.ID.match(name[:-5])
-                       and len(name) == 19)
-        return [id for id in found if id not in self.drafts]
+        ids = [name[:-5] for name in os.listdir(self.folder)
+               if name.endswith('.mail') and self.ID.fullmatch(name[:-5])]
+        return sorted(id for id in ids if id not in self.drafts)
 
     def start(self):
         """scan(), and goes on in the time of the newest mail: the service's
@@ -1146,8 +1148,11 @@ class Spool:
     @staticmethod
     def suspect(path):
         """What a file that is not ours may be."""
-        with open(path, 'rb') as file:
-            head = file.read(2)
+        try:
+            with open(path, 'rb') as file:
+                head = file.read(2)
+        except OSError as error:
+            return error.strerror       # of another user
         if head[:1] in (b'\x80', b'(', b'c'):
             return ('it looks like pickled mail of smtpproxy 1.x, which is '
                     'not run: let 1.x deliver what it has before an upgrade')
@@ -1275,11 +1280,11 @@ class Incoming(smtps.Receiver):
         if self.in_header:
             self.store(self.draft.write, self.complete_header(True))
         self.store(self.draft.commit)
-        self.intake.spool.drafts.discard(self.id)
         log.info('%s: accepted from <%s> to %s, %d bytes, client %s (%s)',
                  self.id, self.sender, listed(self.recipients),
                  self.draft.size, self.client, self.client.hello)
         self.intake.announce(self.id, self.sender)
+        self.intake.spool.drafts.discard(self.id)   # now a scan may see it
         return '2.0.0 accepted as ' + self.id
 
     def abort(self):
@@ -1671,7 +1676,8 @@ class SmtpDialogue:
         code, text = super().getreply()
         if not 200 <= code < 600:
             self.close()
-            raise OSError('the reply is not SMTP: %s' % plain(text)[:80])
+            raise OSError('the reply is not SMTP: %s'
+                          % self.redact(plain(text))[:80])
         return code, text
 
     def _print_debug(self, *arguments):
@@ -1680,9 +1686,9 @@ class SmtpDialogue:
         log.info('smtp %s: %s', self._host, self.redact(
             ' '.join(map(str, arguments))))
 
-    def ask(self, line, secret=True):
+    def ask(self, line):
         """Sends one line of a login; returns (code, text)."""
-        self.secret = secret
+        self.secret = True
         try:
             return self.docmd(line)
         finally:
@@ -1771,6 +1777,7 @@ class Courier:
         self.account, self.lane, self.config = account, lane, config
         self.pause = pause
         self.smtp, self.used = None, False
+        self.mail = self.upcoming = None    # at hand, and the one after it
         self.offered = None         # the mail whose envelope is on its way
         self.unfinished = False     # a transaction needs RSET
 
@@ -1794,11 +1801,10 @@ class Courier:
             what = 'login'
             if self.account.smtpusername and self.account.smtppassword:
                 self.sign_in()
-        except Trouble:
-            self.close()
-            raise
         except Exception as error:
             self.close()
+            if isinstance(error, Trouble):
+                raise
             raise Trouble('%s: %s' % (what, explain(
                 error, self.account.server))) from error
         self.used = False
@@ -1859,8 +1865,8 @@ class Courier:
         for secret in account.smtppassword, account.poppassword:
             if len(secret) < 4:
                 continue                # it would veil half of every line
-            for form in (secret, encoded64(secret), encoded64('\0%s\0%s' % (
-                    account.smtpusername, secret))):
+            for form in (secret, plain(secret), encoded64(secret), encoded64(
+                    '\0%s\0%s' % (account.smtpusername, secret))):
                 text = text.replace(form, '***')
         return text
 
@@ -1882,10 +1888,13 @@ class Courier:
         code, challenge = self.smtp.ask('AUTH CRAM-MD5')
         if code != 334:
             return code, challenge
-        digest = hmac.new(self.account.smtppassword.encode(),
-                          binascii.a2b_base64(challenge), 'md5').hexdigest()
+        try:
+            digest = hmac.new(self.account.smtppassword.encode(),
+                              binascii.a2b_base64(challenge), 'md5')
+        except ValueError:
+            return 501, 'its challenge is not base64'
         return self.smtp.ask(encoded64(
-            self.account.smtpusername + ' ' + digest))
+            self.account.smtpusername + ' ' + digest.hexdigest()))
 
     def auth_plain(self):
         return self.smtp.ask('AUTH PLAIN ' + encoded64('\0%s\0%s' % (
@@ -1945,7 +1954,7 @@ class Courier:
         """Sends mail; returns its Report. following() is asked for the next
         Mail, whose envelope then goes along behind this mail's final dot
         (RFC 2920): upcoming is that mail and must be delivered next."""
-        report, self.upcoming = Report(mail.to), None
+        report, self.mail, self.upcoming = Report(mail.to), mail, None
         try:
             if self.offered is not mail:
                 self.connect()
@@ -2054,8 +2063,9 @@ class Courier:
         if self.pipelining:
             self.upcoming = following()
         behind = b''
-        if self.upcoming and (self.smtp.has_extn('smtputf8')
-                              or not self.needs_utf8(self.upcoming)):
+        if self.upcoming and not self.account.popbeforesmtp and (
+                self.smtp.has_extn('smtputf8')
+                or not self.needs_utf8(self.upcoming)):
             behind = b''.join(self.commands(self.upcoming))
         try:
             self.send_file(mail, dress(mail, self.account), behind)
@@ -2151,19 +2161,20 @@ BACKLOG = 8                 # mails that wait per connection before one more
 
 class Lane:
     """The mails that may go to one account now, and the threads that take
-    them there. Relay alone touches failures, held_until, problem."""
+    them there."""
 
     def __init__(self, account, clock):
         self.account, self.clock = account, clock
         self.pop_login = -LONGEST_WAIT * 24.0
         self.pop_lock = threading.Lock()    # one POP login at a time
-        self.changed = threading.Condition()    # guards the next four
+        self.changed = threading.Condition()    # guards the next seven
         self.ready = collections.deque()        # ids
         self.workers = 0
         self.limit = account.smtpconnections
         self.proven = self.closed = False       # proven: the server works
         self.in_trouble = False
-        self.failures, self.held_until, self.problem = 0, 0.0, ''
+        self.held_until = 0.0       # no try before
+        self.failures, self.problem = 0, ''
 
     def put(self, id, first=False):
         with self.changed:
@@ -2171,10 +2182,12 @@ class Lane:
             self.changed.notify()
 
     def join(self, id):
-        """put(), if somebody is there to take it and need not be helped."""
+        """put(), if somebody is there to take it and need not be helped, or
+        all have to wait."""
         with self.changed:
-            if self.closed or not self.workers or (
-                    self.proven and self.workers < self.limit
+            if self.closed or not self.held_until and (
+                    not self.workers
+                    or self.proven and self.workers < self.limit
                     and len(self.ready) >= self.workers * BACKLOG):
                 return False
             self.ready.append(id)
@@ -2215,6 +2228,19 @@ class Lane:
             self.workers += 1
             return True
 
+    def release(self):
+        """Its mail may be tried; the caller gives it a worker."""
+        with self.changed:
+            self.held_until = 0.0
+
+    def remove(self, id):
+        """Whether id was here; now it is not."""
+        with self.changed:
+            if id not in self.ready:
+                return False
+            self.ready.remove(id)
+            return True
+
     def empty(self):
         """Takes all ids out."""
         with self.changed:
@@ -2243,7 +2269,7 @@ class Relay:
         self.lanes = {}             # Account -> Lane
         self.waiting = set()        # ids in lanes or later, or in flight: no
         self.in_flight = set()      # mail is in two places; in a lane's hands
-        self.last_look = clock()
+        self.last_look, self.last_errno = clock(), None
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self.run, name='relay',
                                        daemon=True)
@@ -2258,6 +2284,7 @@ class Relay:
         if lane:
             self.waiting.add(id)
             if lane.join(id):
+                self.explain_wait(id, lane)
                 return
             self.waiting.discard(id)
         self.inbox.put(functools.partial(self.route, id, sender))
@@ -2276,7 +2303,8 @@ class Relay:
         end = time.monotonic() + grace
         self.stopping.set()
         self.inbox.put(lambda: None)
-        self.thread.join(grace)
+        if self.thread.is_alive():          # it may never have started
+            self.thread.join(grace)
         for lane in list(self.lanes.values()):
             lane.close()
         while self.in_flight and time.monotonic() < end:
@@ -2340,22 +2368,24 @@ class Relay:
             self.route(id)
         for lane in self.lanes.values():
             if lane.held_until and lane.held_until <= now:
-                lane.held_until = 0.0
+                lane.release()
                 self.staff(lane)
 
     def begin(self, settings, handlers):
         """All over: everything on disk, parked or not."""
         self.settings, self.handlers = settings, handlers
+        found = set(self.spool.scan())      # first: if it fails none is lost
+        freed = {id for _, id in self.later}
         for account, lane in list(self.lanes.items()):
-            self.waiting.difference_update(lane.empty())
-            lane.failures, lane.held_until = 0, 0.0
             if account not in settings.accounts.values():
-                self.lanes.pop(account).close()
-        self.waiting.difference_update(id for _, id in self.later)
+                self.lanes.pop(account).close()     # before it is emptied:
+            freed.update(lane.empty())              # now nobody joins
+            lane.failures = 0
+            lane.release()
         self.later.clear()
-        found = [id for id in self.spool.scan() if id not in self.waiting]
-        self.asked = set(found)
-        self.unrouted = collections.deque(found)
+        self.waiting.difference_update(freed)
+        self.asked = found.difference(self.waiting) | freed
+        self.unrouted = collections.deque(sorted(self.asked))
 
     # From the spool to a lane.
 
@@ -2381,10 +2411,15 @@ class Relay:
             lane = self.lanes[account] = Lane(account, self.clock)
         self.waiting.add(id)
         lane.put(id)
-        if lane.held_until and not self.unrouted:
-            log.info('%s: waits with %d more for %s: %s', id,
-                     len(lane.ready) - 1, account.server, lane.problem)
+        if not self.unrouted:
+            self.explain_wait(id, lane)
         self.staff(lane)
+
+    @staticmethod
+    def explain_wait(id, lane):
+        if lane.held_until:
+            log.info('%s: waits with %d more for %s: %s', id,
+                     len(lane.ready) - 1, lane.account.server, lane.problem)
 
     def route_found(self, id):
         """A mail that was listed a while ago may be delivered by now."""
@@ -2395,6 +2430,7 @@ class Relay:
         """The Mail, None if it can't be had; that is then dealt with."""
         try:
             mail = self.spool.load(id, to_send)
+            self.last_errno = None
             if mail is None and id not in self.spool.delivered:
                 log.warning('%s: its file is gone, somebody removed it', id)
             return mail
@@ -2408,8 +2444,11 @@ class Relay:
         except Unreadable as error:
             self.spool.set_aside(id + '.mail', error)
         except OSError as error:
-            log.error('%s: cannot be read: %s; it is tried again later', id,
-                      error)
+            # Once, if all of msgs/ is away.
+            log.log(logging.DEBUG if error.errno == self.last_errno
+                    else logging.ERROR, '%s: cannot be read: %s; it is tried '
+                    'again later', id, error)
+            self.last_errno = error.errno
             self.put_off(id, self.back_off(1))
         return None
 
@@ -2417,22 +2456,23 @@ class Relay:
         """Runs the handlers, once a mail; False if it does not go on."""
         if not self.handlers.enabled:
             return True
-        before = mail.frm, list(mail.to), mail.msg
-        if not self.handlers.run(mail):
-            self.spool.remove(mail)
-            return False
-        mail.handled = True
-        if before == (mail.frm, mail.to, mail.msg):
-            self.spool.save(mail)
-            return True
         try:
+            before = mail.frm, list(mail.to), mail.msg
+            if not self.handlers.run(mail):
+                self.spool.remove(mail)
+                return False
+            mail.handled = True
+            if before == (mail.frm, mail.to, mail.msg):
+                self.spool.save(mail)
+                return True
             self.spool.replace(mail)
             log.info('%s: changed by handlers, now from <%s> to %s', mail.id,
                      mail.frm, listed(mail.to))
             return True
-        except OSError as error:
-            log.error('%s: what handlers made of it cannot be stored: %s; '
-                      'tried again later', mail.id, error)
+        except (OSError, MemoryError) as error:
+            log.error('%s: handlers cannot be run on it, or what they made '
+                      'of it not stored: %r; tried again later', mail.id,
+                      error)
             self.put_off(mail.id, self.back_off(1))
             return False
 
@@ -2454,15 +2494,18 @@ class Relay:
 
     def work(self, lane):
         """The life of a lane's thread."""
-        courier = Courier(lane.account, lane, self.settings.config,
-                          self.stopping.wait)
+        courier = Courier(lane.account, lane, self.settings.config)
         try:
             self.deliver_all(lane, courier)
         except Exception:
-            log.exception('%s: a thread of this account ends by an error, '
-                          'its mail is tried again at the next start or '
-                          'reload', lane.account.server)
+            log.exception('%s: a thread of this account ends by an error; '
+                          'its mail is tried again later', lane.account.server)
             lane.leave()
+            for mail in filter(None, (courier.mail, courier.upcoming)):
+                if mail.id in self.in_flight:
+                    self.put_off(mail.id, self.back_off(1))
+                    self.in_flight.discard(mail.id)
+            self.inbox.put(functools.partial(self.staff, lane))
         courier.close(politely=True)
 
     def deliver_all(self, lane, courier):
@@ -2537,16 +2580,14 @@ class Relay:
             why = '%s said %s' % (server, why)
         mail.tries += 1
         mail.problem, mail.handled, mail.parked = why, True, False
-        mail.account_trouble = report.trouble
         if self.settings.config.deleteonerror:
             log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
                       '%s', mail.id, why, self.describe(mail, failed))
             self.spool.remove(mail)
         elif not mail.to:
-            self.park(mail, 'refused for good')
+            self.park(mail)
         elif self.is_expired(mail.id):
-            self.park(mail, 'not delivered in %d days'
-                      % self.settings.config.retrydays)
+            self.park(mail)
         else:
             wait = self.back_off(mail.tries)
             mail.due = time.time() + wait
@@ -2565,19 +2606,15 @@ class Relay:
             self.settle(mail, report, lane.account.server)
             self.staff(lane)
             return
-        mail.to = [Address(a) for a in report.later]
-        mail.refused.update(report.never)
         lane.failures = max(lane.failures, mail.tries) + 1
         wait = self.back_off(lane.failures)
         lane.held_until = self.clock() + wait
         lane.problem = mail.problem = next(iter(report.later.values()))
         mail.tries, mail.due = lane.failures, time.time() + wait
-        mail.account_trouble = mail.handled = True
-        mail.parked = False
+        mail.handled, mail.parked = True, False
         self.park_expired(lane)
         if self.is_expired(mail.id):
-            self.park(mail, 'not delivered in %d days'
-                      % self.settings.config.retrydays)
+            self.park(mail)
         else:
             self.spool.save(mail)
             log.warning('%s: not delivered: %s; try %d, the next one in %d '
@@ -2591,13 +2628,14 @@ class Relay:
             mail = self.load(id) if self.is_expired(id) else None
             if mail:
                 mail.problem = lane.problem
-                self.park(mail, 'not delivered in %d days'
-                          % self.settings.config.retrydays)
+                self.park(mail)
             else:
                 lane.put(id)
 
-    def park(self, mail, what):
+    def park(self, mail):
         """Keeps a mail until the owner asks for another try."""
+        what = 'refused for good' if not mail.to else (
+            'not delivered in %d days' % self.settings.config.retrydays)
         mail.to += [Address(a) for a in mail.refused]
         mail.refused, mail.parked, mail.due = {}, True, 0.0
         self.waiting.discard(mail.id)
@@ -2644,23 +2682,25 @@ class Relay:
     # What the queue commands ask for.
 
     def fulfil(self, path, id, what):
-        if id in self.in_flight:
-            return                          # the next time we look
         if id == 'all' and what == 'retry':
             self.begin(self.settings, self.handlers)
         elif Spool.ID.fullmatch(id):
-            self.withdraw(id)
+            if id in self.spool.drafts or not self.withdraw(id):
+                return                      # the next time we look
             if what == 'retry':
                 self.retry(id)
             elif what == 'delete':
                 self.discard(id)
-        os.unlink(path)
+        try:
+            os.unlink(path)
+        except OSError as error:
+            log.error('%s cannot be removed: %s', path, error)
 
     def retry(self, id):
         self.asked.add(id)
         self.unrouted.appendleft(id)
         for lane in self.lanes.values():
-            lane.held_until = 0.0
+            lane.release()
             self.staff(lane)
 
     def discard(self, id):
@@ -2671,16 +2711,18 @@ class Relay:
             self.spool.remove(mail)
 
     def withdraw(self, id):
-        """Takes an id out of wherever it waits."""
-        for lane in self.lanes.values():
-            for other in lane.empty():
-                if other != id:
-                    lane.put(other)
-        self.later = [entry for entry in self.later if entry[1] != id]
-        heapq.heapify(self.later)
+        """Takes an id out of wherever it waits; False if it is in a lane's
+        hands."""
+        later = [entry for entry in self.later if entry[1] != id]
+        if id in self.waiting and later == self.later and not any(
+                [lane.remove(id) for lane in self.lanes.values()]):
+            return False
+        heapq.heapify(later)
+        self.later = later
         self.waiting.discard(id)
         if id in self.unrouted:
             self.unrouted.remove(id)
+        return True
 
 
 def grouped(verdicts):
@@ -2780,9 +2822,6 @@ class Proxy:
 
     # What --check tries without starting.
 
-    def check_tls(self):
-        self.limits(self.settings)
-
     def check_ports(self):
         config = self.settings.config
         for port in filter(None, (config.port, config.tlsport)):
@@ -2810,6 +2849,8 @@ class Proxy:
             if not os.path.exists(file):
                 os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
             for path in [folder, file] + glob_below(folder, file):
+                if os.path.isfile(path) and os.lstat(path).st_nlink > 1:
+                    continue            # a second name of somebody's file
                 os.chown(path, -1 if uid is None else uid,
                          -1 if gid is None else gid, follow_symlinks=False)
         except OSError as error:
@@ -2918,7 +2959,8 @@ def check(settings, options):
                 print('    %s = %s' % (key, masked(key, value)))
     problems = []
     proxy = Proxy(settings)
-    for step in proxy.check_tls, proxy.check_ports, proxy.check_folder:
+    for step in (functools.partial(proxy.limits, settings),
+                 proxy.check_ports, proxy.check_folder):
         try:
             step()
         except StartError as error:
@@ -2940,7 +2982,7 @@ def mails(spool):
     for id in spool.scan() if os.path.isdir(spool.folder) else ():
         try:
             mail = spool.load(id)
-        except (Unfinished, Unreadable, OSError):
+        except (Unfinished, Unreadable, FileNotFoundError):
             continue                # being received, or the service's to judge
         if mail:
             yield mail
@@ -3259,7 +3301,10 @@ def serve(settings):
             say(warning)
     say('%s listens on %s' % (VERSION, proxy.ports()), sys.stdout)
     while signals.get() == signal.SIGHUP:
-        proxy.reload()
+        try:
+            proxy.reload()
+        except Exception:
+            log.exception('not reloaded: an error of ours')
     proxy.stop()
     return 0
 
