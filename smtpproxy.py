@@ -955,7 +955,7 @@ class Spool:
         """Makes a folder that lasts, if it is not there."""
         if not os.path.isdir(path):
             os.makedirs(path, 0o700, exist_ok=True)
-            sync_folder(os.path.dirname(path))
+            sync_folder(os.path.dirname(os.path.abspath(path)))
 
     def close(self):
         if self.lock is not None:
