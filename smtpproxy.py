@@ -1805,10 +1805,19 @@ class Courier:
             self.close()
             if isinstance(error, Trouble):
                 raise
-            raise Trouble('%s: %s' % (what, explain(
-                error, self.account.server))) from error
+            raise Trouble('%s: %s%s' % (
+                what, explain(error, self.account.server),
+                self.port_advice())) from error
         self.used = False
         self.pipelining = self.smtp.has_extn('pipelining')
+
+    def port_advice(self):
+        """The usual mistake: TLS where none is spoken, or the reverse."""
+        port, security = self.account.smtpport, self.account.smtpsecurity
+        if (port == 465) == (security == 'ssl') or port not in (25, 465, 587):
+            return ''
+        return '; %s is rarely right for port %d' % (
+            'smtpsecurity=' + security, port)
 
     def open_connection(self):
         account = self.account
@@ -1927,7 +1936,7 @@ class Courier:
                     'POP login: %s' % explain(error, '%s:%d' % (
                         self.account.pophost, self.account.popport)))
                 ) from error
-            log.info('%s: POP login as %s; waiting %d seconds',
+            log.info('%s: POP login as %s; waiting %d s before SMTP',
                      self.account.pophost, self.account.popusername,
                      self.config.waitafterpop)
             self.lane.pop_login = self.lane.clock()
@@ -3332,7 +3341,9 @@ def main(arguments):
             say(line)
     except OSError as error:
         say('%s: %s' % (error.filename or 'error', error.strerror or error))
-    except ImportError as error:
+    except (ImportError, LookupError) as error:
+        if isinstance(error, (KeyError, IndexError)):
+            raise                       # an error of ours
         say(missing_module(error))
     except KeyboardInterrupt:
         say('interrupted')

@@ -172,6 +172,7 @@ class Retry(CommandCase):
         self.start()
         self.submit()
         self.assertDelivered([A], 2)
+        self.assertSpooled(1)
 
         self.assertEqual([True], [row['parked'] for row in self.queue()])
 
