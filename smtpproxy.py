@@ -167,7 +167,7 @@ CHOICES = {'level': ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE'),
            'smtpauth': ('auto', 'plain', 'login', 'cram-md5')}
 PORTS = ('port', 'tlsport', 'smtpport', 'popport')
 AT_LEAST = {'maxsize': 1, 'maxconnections': 1, 'timeout': 1,
-            'smtpconnections': 1, 'sleeptime': 1, 'size': 0}
+            'smtpconnections': 1, 'sleeptime': 1}
 ADDRESSES = ('returnpath', 'replyto', 'forcefrom')
 PATHS = ('msgdir', 'file', 'tlscert', 'tlskey', 'tlscafile')
 BOOLEANS = {'true': True, 'yes': True, 'on': True, '1': True,
@@ -177,6 +177,13 @@ BOOLEANS = {'true': True, 'yes': True, 'on': True, '1': True,
 def masked(key, value):
     """value as it may be shown."""
     return '***' if value and key.endswith('password') else repr(value)
+
+
+def nearest(word, known):
+    """A hint at the known word that was meant, or ''."""
+    import difflib
+    near = difflib.get_close_matches(word, known, 1, 0.6)
+    return ': do you mean %s?' % near[0] if near else ''
 
 
 def load(path):
@@ -207,6 +214,7 @@ class IniReader:
         import configparser
         lines = text.split('\n')
         while True:
+            instead = ''
             parser = configparser.ConfigParser(
                 interpolation=None, default_section='\0',
                 empty_lines_in_values=False)
@@ -216,21 +224,19 @@ class IniReader:
             except configparser.DuplicateSectionError as error:
                 bad = [(error.lineno, 'section [%s] is there twice: join the '
                         'two' % error.section)]
-                lines[error.lineno - 1] = '[\1%d]' % error.lineno
+                instead = '[\1%d]' % error.lineno
             except configparser.DuplicateOptionError as error:
                 bad = [(error.lineno, '[%s] %s is there twice: remove one'
                         % (error.section, error.option))]
-                lines[error.lineno - 1] = ''
             except configparser.MissingSectionHeaderError as error:
                 bad = [(error.lineno, 'a line before the first [section]')]
-                lines[error.lineno - 1] = ''
             except configparser.ParsingError as error:
                 bad = [(number, 'neither key=value nor [section]')
                        for number, _ in error.errors]
-                for number, _ in error.errors:
-                    lines[number - 1] = ''
-            self.mistakes += ['%s line %d: %s' % (self.path, number, what)
-                              for number, what in bad]
+            for number, what in bad:
+                lines[number - 1] = instead
+                self.mistakes.append('%s line %d: %s' % (
+                    self.path, number, what))
 
     def settings(self):
         config, logs, accounts, handlers = Config(), Logging(), {}, {}
@@ -267,7 +273,7 @@ class IniReader:
         for key, value in self.parser[section].items():
             if key not in shape._fields:
                 self.complain(section, key, 'is no key here' + self.nearest(
-                    section, key, shape))
+                    key, shape))
             elif '\n' in value:
                 self.complain(section, key, 'has more than one line: does '
                               'the next one begin with a blank?')
@@ -279,17 +285,15 @@ class IniReader:
                         if value is not None})
 
     @staticmethod
-    def nearest(section, key, shape):
+    def nearest(key, shape):
         """A hint at the name that was meant."""
-        import difflib
         if shape is Account and (key in Config._fields
                                  or key in Logging._fields):
             kind = 'config' if key in Config._fields else 'logging'
             return ': it belongs into [%s]' % kind
         if shape is not Account and key in Account._fields:
             return ': it belongs into the section of an account'
-        near = difflib.get_close_matches(key, shape._fields, 1, 0.6)
-        return ': do you mean %s?' % near[0] if near else (
+        return nearest(key, shape._fields) or (
             '; known are ' + ', '.join(shape._fields))
 
     def convert(self, section, key, text, shape):
@@ -361,8 +365,7 @@ class IniReader:
                 account = accounts.get(target)
                 if account is None:
                     self.complain(name, 'use', '= %s: there is no such section'
-                                  % target + self.nearest_section(
-                                      target, accounts))
+                                  % target + nearest(target, accounts))
                 elif target in path:
                     self.complain(name, 'use', 'goes round in a circle: '
                                   + ' -> '.join(path + [target]))
@@ -370,12 +373,6 @@ class IniReader:
                 path.append(target)
             if account is not None:
                 accounts[name] = account
-
-    @staticmethod
-    def nearest_section(name, accounts):
-        import difflib
-        near = difflib.get_close_matches(name, accounts, 1, 0.6)
-        return ': do you mean %s?' % near[0] if near else ''
 
     def complete(self, config, logs):
         """Defaults that depend on something else, checks across keys."""
@@ -397,32 +394,26 @@ class IniReader:
         except ValueError as error:
             self.complain('config', 'allow', '%s: use networks such as '
                           '192.168.1.0/24, or any' % error)
-        self.check_identity(config)
-        return config, logs
-
-    def check_identity(self, config):
         try:
             identity(config)
         except KeyError as error:
             self.complain('config', 'user or group', '%s is not known on '
                           'this box' % error)
+        return config, logs
 
     def careless(self, accounts):
         """Warnings: what works, but may not be what the owner wants."""
-        found = []
-        for section in self.parser.sections():
-            for key in self.parser[section]:
-                if key.endswith('password') and '%%' in (
-                        self.parser[section][key]):
-                    found.append('%s: [%s] %s has %%%%: smtpproxy 1.x read it '
-                                 'as one %%, 2.0 takes it as it stands'
-                                 % (self.path, section, key))
+        passwords = [(section, key, value)
+                     for section in self.parser.sections()
+                     for key, value in self.parser[section].items()
+                     if key.endswith('password')]
+        found = ['%s: [%s] %s has %%%%: smtpproxy 1.x read it as one %%, 2.0 '
+                 'takes it as it stands' % (self.path, section, key)
+                 for section, key, value in passwords if '%%' in value]
         if not accounts:
             found.append('%s: no account: all mail will be refused. Add a '
                          'section such as [default]' % self.path)
-        if any(key.endswith('password') for section in self.parser.sections()
-               for key in self.parser[section]) and (
-                   os.stat(self.path).st_mode & 0o077):
+        if passwords and os.stat(self.path).st_mode & 0o077:
             found.append('%s: others on this box can read the passwords in '
                          'it: chmod 600 %s' % (self.path, self.path))
         return found
@@ -518,8 +509,9 @@ class LogFile(logging.Handler):
                     os.replace(old, new)
             if not self.count:
                 os.unlink(self.path)
-            self.close_file()
-            self.open()
+            full = self.file
+            self.open()                 # if it can't, the full one goes on
+            os.close(full)
         except OSError as error:
             self.complain('renamed', error)
 
@@ -574,16 +566,14 @@ def open_log(settings):
     logging.logThreads = logging.logProcesses = False
     logging.logMultiprocessing = False
     logging._srcfile = None
-    root = logging.getLogger()
-    handlers = [LogFile(*settings.logging[:3])]
+    root, handlers = logging.getLogger(), [LogFile(*settings.logging[:3])]
     if sys.stderr and sys.stderr.isatty():
         handlers.append(logging.StreamHandler())
-    for handler in root.handlers[:]:
-        root.removeHandler(handler)
-        handler.close()
     for handler in handlers:
         handler.setFormatter(OneLine())
-        root.addHandler(handler)
+    old, root.handlers[:] = root.handlers[:], handlers
+    for handler in old:
+        handler.close()
     level = settings.logging.level
     root.setLevel(logging.CRITICAL if level == 'NONE' else level)
 
@@ -600,16 +590,12 @@ class HandlerLog:
         log.log(level, '%s: handler %s: %s', self.id, self.name, text,
                 **options)
 
-    def exception(self, message, *arguments):
-        self.error(message, *arguments, exc_info=True)
-
-
-for names, level in (('log info', logging.INFO), ('logerr error critical',
-                     logging.ERROR), ('logwarn warning warn', logging.WARNING),
-                     ('logdebug debug', logging.DEBUG)):
-    for name in names.split():
-        setattr(HandlerLog, name, functools.partialmethod(
-            HandlerLog.write, level))
+    at = functools.partialmethod
+    log = info = at(write, logging.INFO)
+    logerr = error = critical = at(write, logging.ERROR)
+    logwarn = warning = warn = at(write, logging.WARNING)
+    logdebug = debug = at(write, logging.DEBUG)
+    exception = at(write, logging.ERROR, exc_info=True)
 
 
 # --- Spool: what is on disk -------------------------------------------------
@@ -1218,15 +1204,16 @@ class Intake(smtps.Session):
         import hmac
         section = self.settings.section_for(user)
         account = self.settings.accounts.get(section)
-        if not account or not account.localpassword:
+        if not account or not account.localpassword or (
+                section == 'default' and '@' not in user
+                and user.lower() != section):
             return
-        if hmac.compare_digest(
+        if not hmac.compare_digest(
                 *(text.encode('utf-8', 'surrogateescape')
                   for text in (account.localpassword, password))):
-            self.signed_in_as = section
-        elif section != 'default' or '@' in user or user == section:
             raise smtps.Refused(535, '5.7.8 wrong password for [%s]'
                                 % smtps.printable(section))
+        self.signed_in_as = user, section
 
     def mail(self, sender, parameters):
         section = self.settings.section_for(sender)
@@ -1236,7 +1223,7 @@ class Intake(smtps.Session):
                 raise smtps.Refused(550, '5.7.1 no account for sender <%s>'
                                     % smtps.printable(sender))
         elif self.settings.accounts[section].localpassword and (
-                self.signed_in_as != section or self.client.user is None):
+                self.signed_in_as != (self.client.user, section)):
             raise smtps.Refused(530, '5.7.0 sign in as [%s] to send as this '
                                 'one' % smtps.printable(section))
 
@@ -1326,22 +1313,21 @@ class Incoming(smtps.Receiver):
                       'Received lines; from <%s>, client %s', self.id, HOPS,
                       self.sender, self.client)
             raise smtps.Refused(554, '5.4.6 mail loop')
-        host = HOST
         now = time.strftime('%a, %d %b %Y %H:%M:%S +0000', time.gmtime())
         client = self.client
         hello = re.sub(r'[^A-Za-z0-9_.:\[\]-]', '?', client.hello or '')
         fields = ['Received: from %s ([%s%s])' % (
             hello[:64] or 'unknown', 'IPv6:' if ':' in client.address else '',
             client.address), '\tby %s with %s id %s;' % (
-                host, self.protocol(), self.id), '\t' + now]
+                HOST, self.protocol(), self.id), '\t' + now]
         if b'date' not in found:
             fields.append('Date: ' + now)
         if b'message-id' not in found:
             fields.append('Message-ID: <%s.%s@%s>' % (
-                self.id, os.urandom(4).hex(), host))
+                self.id, os.urandom(4).hex(), HOST))
         if b'from' not in found:
             fields.append('From: <%s>' % (
-                self.sender or 'MAILER-DAEMON@' + host))
+                self.sender or 'MAILER-DAEMON@' + HOST))
         return ('\r\n'.join(fields) + '\r\n').encode()
 
     def protocol(self):

@@ -52,6 +52,7 @@ ERRORS = 20             # refused commands until a session is ended
 AUTH_PAUSE = 3.0        # seconds that a wrong password costs
 TEAM = 32               # threads at most; so many mails are synced at once
 BACKLOG = 512           # a short one makes clients wait a second and more
+DAY = 86400.0           # seconds; a selector can't wait for a month
 FOREVER = float('inf')
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
@@ -74,9 +75,10 @@ class Client:
     (the name it gave), extended (it said EHLO), secure (TLS), user (str
     after AUTH, else None)."""
 
-    def __init__(self, address, port, secure=False):
-        self.address, self.port, self.secure = address, port, secure
-        self.hello, self.extended, self.user = None, False, None
+    def __init__(self, address, port):
+        self.address, self.port = address, port
+        self.hello = self.user = None
+        self.extended = self.secure = False
 
     def __str__(self):
         return '%s:%d' % (self.address, self.port)
@@ -117,8 +119,9 @@ class Session:
     keep nothing. To return accepts, to raise Refused refuses; any other
     exception is logged and answered 451: a bug never becomes a 250.
 
-    hello, mail, rcpt, data, reset and closed run at the desk and must not
-    block; auth and the receiver's methods may."""
+    hello, mail, rcpt, data, reset and closed must not block: all clients may
+    wait for them. auth and the receiver's methods may. A session's hooks run
+    one by one, those of different sessions at the same time."""
 
     def __init__(self, client):
         self.client = client
@@ -178,7 +181,10 @@ class DataReader:
 
     END = b'\r\n.\r\n'
     LINE_END = re.compile(rb'\r{0,2}\n|\r')
-    # There are servers that drop NUL before they look.
+    # There are servers that drop NUL before they look. More than 199 of them
+    # at the start of a line are cut, so that a line of nothing but NUL and a
+    # dot is never so long that it is let go in pieces.
+    NULS = re.compile(rb'([\r\n]\0{0,199})\0*(\.?\0{0,199})\0*')
     LONE_DOT = re.compile(rb'\r\n(?=\0*\.\0*(?:\r\n|\Z))')
     OPEN_END = re.compile(rb'(?:\r{1,2}\0*(?:\.[\0\r]*)?)?\Z')
 
@@ -187,28 +193,28 @@ class DataReader:
         # a piece always begins with a line end, which is left out once.
         self.held, self.leave_out = b'\r\n', 2
         self.pieces, self.amount = [], 0
-        self.size, self.rest = 0, None
+        self.size, self.rest = -self.leave_out, None
 
     def feed(self, data):
         """Takes bytes until rest is not None."""
         data = self.held + data
+        if b'\0' in data:
+            data = self.NULS.sub(rb'\1\2', data)
         cut = data.find(self.END)
-        if cut >= 0:
-            self.held, self.rest = b'', data[cut + len(self.END):]
-            self.size += 2
-        else:
+        if cut < 0:
             cut = self._undecided(data)
-            self.held = data[cut:]
-        self.size += cut - self.leave_out if cut else 0
-        if cut and self.rest is not None and data[cut - 1:cut] == b'\r':
-            cut -= 1                    # CR CR LF
-        piece = self._normalised(data[:cut])
+            piece, self.held = self._normalised(data[:cut]), data[cut:]
+            self.size += cut
+        else:
+            piece, self.rest = data[:cut], data[cut + len(self.END):]
+            self.size += cut + 2
+            if piece.endswith(b'\r'):
+                piece = piece[:-1]          # CR CR LF
+            piece = self._normalised(piece) + b'\r\n'
         if piece:
             self.pieces.append(piece[self.leave_out:])
             self.amount += len(piece)
             self.leave_out = 0
-        if self.rest is not None:
-            self.pieces.append(b'\r\n'[self.leave_out:])
 
     def take(self):
         """The mail's bytes so far, as they may go out."""
@@ -284,6 +290,8 @@ def parse_parameters(text):
         parameters[keyword.upper()] = value
     if not re.match(r'\d{0,20}$', parameters.get('SIZE', '')):
         raise Refused(501, '5.5.4 SIZE takes a number')
+    if not re.match(r'[A-Z0-9]*$', parameters.get('BODY', ''), re.I | re.A):
+        raise Refused(501, '5.5.4 BODY takes a word')
     return parameters
 
 
@@ -331,9 +339,8 @@ class Connection:
         return want
 
     def close(self):
-        self.talk.close()
         if self.client.secure:          # tell a TLS client that this is all
-            with suppress_socket_errors():
+            with contextlib.suppress(OSError, ValueError):
                 self.sock.unwrap()
         self.sock.close()
 
@@ -355,7 +362,7 @@ class Connection:
         except Goodbye as goodbye:
             log.debug('%s: dismissed: %s', self.client, goodbye)
             self.reply(421, str(goodbye))
-            with suppress_socket_errors():
+            with contextlib.suppress(OSError, ValueError):
                 self.sock.send(b''.join(self.replies))
         except Gone as gone:
             log.log(gone.level, '%s: %s', self.client, gone)
@@ -374,7 +381,7 @@ class Connection:
                 yield from waiting
         except Refused as no:
             self.refuse(no, verb)
-        except (Goodbye, Gone, GeneratorExit):
+        except (Goodbye, Gone):
             raise
         except Exception:
             log.exception('%s: answered 451', self.client)
@@ -391,7 +398,7 @@ class Connection:
 
     def read_command(self):
         line = yield from self.read_line(COMMAND_LINE)
-        verb, _, argument = line.strip().partition(' ')
+        verb, argument = (line.split(None, 1) + ['', ''])[:2]
         verb = verb.upper()
         if log.isEnabledFor(logging.DEBUG):
             log.debug('%s: %s', self.client, 'AUTH ...' if verb == 'AUTH'
@@ -573,7 +580,10 @@ class Connection:
                 content = reader.take()
                 if not error:
                     yield AWAY
-                    error = self.failure(receiver.write, content)
+                    try:
+                        receiver.write(content)
+                    except Exception as problem:
+                        error = problem
             if reader.rest is not None:
                 break
             data = yield from self.receive()
@@ -581,14 +591,6 @@ class Connection:
         if error:
             raise error
         return receiver.commit()
-
-    @staticmethod
-    def failure(call, *arguments):
-        """The exception that the call raised, or None."""
-        try:
-            call(*arguments)
-        except Exception as error:
-            return error
 
     def too_large(self):
         return Refused(552, '5.3.4 a mail may have %d bytes'
@@ -686,10 +688,6 @@ def decode64(text):
         raise Refused(501, '5.5.2 that is not base64')
 
 
-def suppress_socket_errors():
-    return contextlib.suppress(OSError, ValueError)
-
-
 # --- Server: sockets and threads --------------------------------------------
 
 class Server:
@@ -707,12 +705,12 @@ class Server:
         self._ready = collections.deque()   # who alone touches these two
         self._look_round = FOREVER          # when somebody may be silent
         self._connections = set()
-        self._count = threading.Lock()      # guards _team, _away, and how
-                                            # connections come back
+        self._count = threading.Lock()      # guards _team, _away, and what
+                                            # connections are watched for
         self._team, self._away = [], 0
         self._short_of_threads = self._stopping = False
         self._bell, self._ringer = socket.socketpair()
-        self._spare = os.open(os.devnull, os.O_RDONLY)
+        self._spare = open(os.devnull, 'rb', 0)
 
     def listen(self, host, port, tls=False):
         """Binds; host '' is every interface, IPv4 and IPv6; tls: clients
@@ -763,15 +761,12 @@ class Server:
         end = time.monotonic() + grace
         for thread in list(self._team):
             thread.join(max(0.0, end - time.monotonic()))
-        for sock in self.listeners + [self._bell, self._ringer]:
+        for sock in self.listeners:
             sock.close()
-        self._drop_spare()
-        self._selector.close()
-
-    def _drop_spare(self):
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            os.close(spare)
+        if any(thread.is_alive() for thread in self._team):
+            return              # past its grace, it still needs the rest
+        for thing in self._bell, self._ringer, self._spare, self._selector:
+            thing.close()
 
     # The team.
 
@@ -802,7 +797,7 @@ class Server:
             want = connection.proceed_slowly()
             with self._count:
                 self._away -= 1
-                self._watch(connection, want)
+            self._watch(connection, want)
             if connection.deadline < self._look_round:
                 self._ringer.send(b'.')
 
@@ -822,16 +817,18 @@ class Server:
         when the server stops."""
         while not self._stopping:
             while self._ready:
-                connection = self._ready.popleft()()
+                try:
+                    connection = self._ready.popleft()()
+                except Exception:       # without a desk nobody is served
+                    log.exception('a client is lost by an error at the desk')
+                    continue
                 if connection:
                     return connection
             self._ready.extend(
                 key.data for key, _ in self._selector.select(self._leisure()))
             if time.monotonic() >= self._look_round:
                 self._dismiss_the_silent()
-        with self._count:
-            idle = [c for c in self._connections if c.watched]
-        for connection in idle:
+        for connection in self._idle():
             self._step(connection, Goodbye('4.3.2 shutting down'))
 
     def _leisure(self):
@@ -840,7 +837,7 @@ class Server:
             self._look_round = FOREVER
         if self._look_round == FOREVER:
             return None
-        return max(0.0, self._look_round - time.monotonic())
+        return min(max(0.0, self._look_round - time.monotonic()), DAY)
 
     def _step(self, connection, thrown=None):
         """A quick step at the desk; returns the connection if its next one
@@ -856,19 +853,23 @@ class Server:
 
     def _watch(self, connection, want):
         """Has the desk look for what the connection waits for."""
-        before, connection.watched = connection.watched, want
-        if before == want:
-            return
-        if before in (READ, WRITE):
-            if want in (READ, WRITE):
-                self._selector.modify(connection.sock, want, connection.step)
+        with self._count:
+            before, connection.watched = connection.watched, want
+            if before == want:
                 return
-            self._selector.unregister(connection.sock)
-        elif want in (READ, WRITE):
-            self._selector.register(connection.sock, want, connection.step)
-        if want is DONE:
-            self._connections.discard(connection)
-            connection.close()
+            if before in (READ, WRITE):
+                self._selector.unregister(connection.sock)
+            if want in (READ, WRITE):
+                self._selector.register(connection.sock, want, connection.step)
+            if want is DONE:
+                self._connections.discard(connection)
+                connection.close()
+
+    def _idle(self):
+        """The connections that wait for their clients: nobody is away with
+        them, nor just coming back."""
+        with self._count:
+            return [c for c in self._connections if c.watched]
 
     def _answer_bell(self):
         self._bell.recv(64)
@@ -876,8 +877,9 @@ class Server:
 
     def _dismiss_the_silent(self):
         now = time.monotonic()
-        for connection in list(self._connections):
-            if connection.watched and connection.deadline <= now:
+        for connection in self._idle():
+            if connection.deadline <= now and (
+                    connection.step not in self._ready):    # it spoke
                 away = self._step(connection, Silence(
                     '4.4.2 silent for %d seconds' % connection.patience))
                 if away:
@@ -900,7 +902,7 @@ class Server:
         refusal = self._refusal(address)
         if refusal:
             log.warning('%s: refused: %s', address, refusal)
-            with suppress_socket_errors():
+            with contextlib.suppress(OSError, ValueError):
                 sock.send(b'%s\r\n' % refusal.encode())
             sock.close()
             return None
@@ -936,8 +938,7 @@ class Server:
         greedy, most = held.most_common(1)[0] if held else ('', 0)
         if most <= held[address] + 1:
             return False
-        idle = [c for c in list(self._connections)
-                if c.client.address == greedy and c.watched]
+        idle = [c for c in self._idle() if c.client.address == greedy]
         if not idle:
             return False
         self._step(min(idle, key=lambda c: c.deadline), Goodbye(
@@ -948,14 +949,15 @@ class Server:
         """No descriptor left for a client: the spare one serves to say so.
         Else it would wait unanswered, and we would spin."""
         log.error('a client is turned away: %s', error)
-        self._drop_spare()
+        self._spare.close()
         try:
             sock, _ = listener.accept()
             with sock:
                 sock.send(b'421 4.3.2 no room for you, try again later\r\n')
-            self._spare = os.open(os.devnull, os.O_RDONLY)
         except OSError:
             time.sleep(0.1)
+        with contextlib.suppress(OSError):
+            self._spare = open(os.devnull, 'rb', 0)
 
 
 # --- Alone: print what comes ------------------------------------------------

@@ -1045,9 +1045,9 @@ class Shortage(ListenerCase):
         """Its number may belong to a mail's file by then."""
         first, second = socket.socket(), socket.socket()
         with self.no_descriptors():
-            with mock.patch.object(smtps.os, 'open', side_effect=OSError(24)):
+            with mock.patch('builtins.open', side_effect=OSError(24)) as spare:
                 self.call(first)
-                wait_until(lambda: smtps.os.open.called)
+                wait_until(lambda: spare.called)
             with open(os.devnull) as file:      # gets the spare one's number
                 second.connect(self.address)
                 wait_until(lambda: self.turned_away() > 1)
