@@ -683,9 +683,9 @@ class Mail:
         small. Raises Unfinished, Unreadable, OSError."""
         if self.data is None:
             with open(self.path, 'rb', buffering=0) as file:
-                tail = self.read_file(file)
+                tail, offset = self.read_file(file)
         else:
-            self.size, tail = len(self.data), self.data
+            tail, offset = self.data, 0
         at = tail.find(END)
         if at < 0 or len(tail) < at + END_SIZE:
             start = self.data.rstrip(b'\0')[:len(HANDLED)]
@@ -693,27 +693,26 @@ class Mail:
                 known.startswith(start) or start.startswith(known)
                 for known in (b'MAIL FROM:', HANDLED))
                 else Unreadable('it is no mail of smtpproxy'))
-        self.dot = self.size - len(tail) + at + len(b'\r\n.\r\n')
+        self.dot = offset + at + len(b'\r\n.\r\n')
         self.parse_envelope()
         self.body = self.start + split_header(
             self.data[self.start:self.dot - 3])
         self.parse_end(tail[at + len(END):])
 
     def read_file(self, file):
-        """Fills data; returns the end of the file, from END or earlier."""
-        self.size = os.fstat(file.fileno()).st_size
-        self.data = file.read(smtps.CHUNK)
-        while len(self.data) < self.size and (
+        """Fills data; returns the end of the file, from END or earlier, and
+        its offset. The file may grow meanwhile."""
+        self.data, more = file.read(smtps.CHUNK), True
+        while len(self.data) >= smtps.CHUNK and more and (
                 b'\r\n\r\n' not in self.data.partition(b'\r\nDATA\r\n')[2]):
             more = file.read(smtps.CHUNK)
-            if not more:
-                break
             self.data += more
-        tail, length = self.data, 4096
-        while END not in tail and length < 2 * self.size:
-            file.seek(max(0, self.size - length))
+        tail, offset, length = self.data, 0, 4096
+        size = os.fstat(file.fileno()).st_size
+        while END not in tail and length < 2 * size:
+            offset = file.seek(max(0, size - length))
             tail, length = file.read(), length * 8
-        return tail
+        return tail, offset
 
     def parse_end(self, text):
         """The checksum, and the states that were added: the last one that is
@@ -1269,7 +1268,8 @@ class Incoming(smtps.Receiver):
         self.store(self.draft.commit)
         log.info('%s: accepted from <%s> to %s, %d bytes, client %s (%s)',
                  self.id, self.sender, listed(self.recipients),
-                 self.draft.size, self.client, self.client.hello)
+                 self.draft.size, self.client,
+                 self.client.hello or 'gave no name')
         self.intake.announce(self.id, self.sender)
         self.intake.spool.drafts.discard(self.id)   # now a scan may see it
         return '2.0.0 accepted as ' + self.id

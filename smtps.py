@@ -30,6 +30,7 @@ Based on an idea of smtps.py by Les Smithson (1.x); written anew for 2.0.
 import binascii
 import collections
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -390,7 +391,7 @@ class Connection:
     def refuse(self, no, verb=None):
         log.log(logging.WARNING if verb in ('MAIL', 'RCPT', 'DATA', 'AUTH')
                 else logging.DEBUG, '%s: answered %s with %s', self.client,
-                verb, no)
+                verb or 'a line', no)
         self.reply(no.code, no.text)
         self.errors += no.code >= 500
         if self.errors > ERRORS:
@@ -720,8 +721,9 @@ class Server:
         for family, address in [(one, host)] if host else both:
             try:
                 sock = self._bind(family, address, port)
-            except OSError:
-                if host or family == socket.AF_INET:
+            except OSError as error:
+                if (host or family == socket.AF_INET
+                        or error.errno == errno.EADDRINUSE):
                     raise
                 break                           # a box without IPv6
             port = port or sock.getsockname()[1]
@@ -853,10 +855,10 @@ class Server:
 
     def _watch(self, connection, want):
         """Has the desk look for what the connection waits for."""
+        if want == connection.watched:
+            return
         with self._count:
             before, connection.watched = connection.watched, want
-            if before == want:
-                return
             if before in (READ, WRITE):
                 self._selector.unregister(connection.sock)
             if want in (READ, WRITE):
