@@ -16,7 +16,7 @@ from tests.fakes import (
     CERTIFICATE, DROP, ENDLESS_LINE, ENDLESS_REPLY, EXTENSIONS, GARBAGE, HANG,
     RESET, FakePOP, FakeSMTP, dribble, server_tls, wait_until)
 
-CONNECT_TIME, REPLY_TIME, DOT_TIME = 1.5, 1.6, 1.7       # seconds, here
+CONNECT_TIME, REPLY_TIME, DOT_TIME = 1.2, 1.3, 1.4       # seconds, here
 TLS = server_tls()
 LOGIN = {'smtpusername': 'me', 'smtppassword': 'secret'}
 POP = {'popbeforesmtp': 'true', 'popssl': 'false', 'popusername': 'me',
