@@ -3276,6 +3276,8 @@ def start_over():
     plain = getattr(sys, 'orig_argv', [''])[1:] == sys.argv
     if plain and sys.executable and not sys.flags.dont_write_bytecode and (
             hasattr(sys.flags, 'safe_path')):   # -P, or the cwd's modules run
+        import importlib
+        importlib.import_module('smtpproxy')    # leaves its compiled form
         path = os.pathsep.join(filter(None, [
             HOME, os.environ.get('PYTHONPATH')]))
         os.execve(sys.executable, [sys.executable, '-P', '-m', 'smtpproxy']

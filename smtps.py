@@ -847,9 +847,10 @@ class Server:
         want = connection.proceed(thrown)
         if want == AWAY:
             self._watch(connection, AWAY)
-            if self._leave():
+            # Alone it need not leave: nobody waits but who comes just now.
+            if len(self._connections) > 1 and self._leave():
                 return connection
-            want = connection.proceed_slowly()  # slow for all, nothing lost
+            want = connection.proceed_slowly()
         self._look_round = min(self._look_round, connection.deadline)
         self._watch(connection, want)
 
