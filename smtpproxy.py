@@ -2251,8 +2251,9 @@ class Lane:
 
 class Relay:
     """One thread that decides for every mail what happens next, and lanes
-    that deliver. What others want of it they put into its inbox, so what it
-    knows is touched by its own thread only and needs no lock."""
+    that deliver. What others want decided they put into its inbox. What other
+    threads touch as well needs no lock: waiting and in_flight change by one
+    atomic step, a lane has its own lock."""
 
     def __init__(self, spool, settings, handlers, clock=time.monotonic):
         self.spool, self.settings, self.handlers = spool, settings, handlers
