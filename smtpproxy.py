@@ -15,6 +15,7 @@ Commands, Main. The keys of the ini are explained in smtpproxy.ini.example.
 """
 import binascii
 import collections
+import contextlib
 import errno
 import functools
 import heapq
@@ -815,38 +816,46 @@ class Draft:
         lines += ['RCPT TO:<%s>' % address for address in to]
         self.pending = first + ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
         self.file, self.checksum, self.size = None, 0, 0
-        self.is_on_disk = False
+        self.number = 0             # of its name; 0: not on disk yet
 
     def write(self, chunk):
-        """chunk: bytes as on the wire. Raises OSError."""
+        """chunk: bytes as on the wire; kept in memory."""
         self.pending += chunk
         self.size += len(chunk)
-        if len(self.pending) >= smtps.CHUNK:
-            self.flush()
 
     def flush(self):
+        """Out of the memory. Raises OSError."""
         if self.file is None:
             self.file = os.open(
                 self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            self.is_on_disk = True
+            self.number = self.spool.count_name()
         data, self.pending = self.pending, b''
         self.checksum = zlib.crc32(data, self.checksum)
         while data:
             data = data[os.write(self.file, data):]
 
-    def commit(self):
-        """The promise: after this the mail survives a crash. Raises OSError,
-        then nothing was promised."""
+    def seal(self):
+        """Writes the end. Raises OSError."""
         self.pending += b'.\r\n'
         self.pending += b'NOOP crc32=%08x\r\n' % zlib.crc32(
             self.pending, self.checksum)
-        if self.file is None:
+        is_small = self.file is None
+        if is_small:
             self.spool.remember(self.id, self.pending)
         self.flush()
+        if is_small and hasattr(os, 'posix_fadvise'):
+            # The system begins to write now: mails that are synced one
+            # behind the other then share the commits of a journal.
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def commit(self):
+        """The promise: after this the mail survives a crash. Raises OSError,
+        then nothing was promised."""
         os.fsync(self.file)
         file, self.file = self.file, None
         os.close(file)
-        self.spool.sync()
+        self.spool.sync_names(self.number)
 
     def abort(self):
         """Leaves nothing behind, as far as the disk lets us."""
@@ -854,7 +863,7 @@ class Draft:
         self.spool.fresh.pop(self.id, None)
         if file is not None:
             os.close(file)
-        if self.is_on_disk:
+        if self.number:
             try:
                 os.unlink(self.path)
             except OSError:
@@ -904,7 +913,8 @@ class Spool:
         self.lock = None
         self.epoch = time.time() - clock()
         self.sequence = int.from_bytes(os.urandom(2), 'big')
-        self.counting = threading.Lock()    # guards sequence
+        self.counting = threading.Lock()    # guards sequence and names
+        self.names = self.lasting = 0       # names made; of these are synced
         self.drafts = set()                 # ids that are being received
         self.delivered = set()              # their file could not be removed
         self.unsaved = {}                   # id -> state that disk refused
@@ -1048,6 +1058,7 @@ class Spool:
             pass
         try:
             draft.write(stuffed(mail.msg))
+            draft.seal()
             draft.commit()
             self.fresh.pop(mail.id, None)
             os.rename(draft.path, mail.path)
@@ -1089,10 +1100,26 @@ class Spool:
             log.error('%s: cannot be read: %s; nor set aside: %s',
                       name, why, error)
 
+    # Names that last.
+
+    def count_name(self):
+        """The number of a name that was just made."""
+        with self.counting:
+            self.names += 1
+            return self.names
+
+    def sync_names(self, number):
+        """Makes that name last: one sync serves all that were made before
+        it. Raises OSError."""
+        if number > self.lasting:
+            newest = self.names
+            self.sync()
+            self.lasting = max(self.lasting, newest)
+
     def sync(self):
-        """Makes names last. The lock is an open folder: no need for another,
-        as long as it is this one."""
-        if self.lock is not None and self.is_there():
+        """Makes all names last. The lock is an open folder: no need for
+        another, as long as it is this one. Raises OSError."""
+        if self.is_there():
             os.fsync(self.lock)
         else:
             sync_folder(self.folder)
@@ -1259,13 +1286,21 @@ class Incoming(smtps.Receiver):
         if self.in_header:
             self.head += chunk
             chunk = self.complete_header(False)
-        self.store(self.draft.write, chunk)
+        self.draft.write(chunk)
+
+    def flush(self):
+        self.store(self.draft.flush)
+
+    def seal(self):
+        if self.in_header:
+            self.draft.write(self.complete_header(True))
+        self.store(self.draft.seal)
 
     def commit(self):
         """The only place that makes a 250 to the final dot possible."""
-        if self.in_header:
-            self.store(self.draft.write, self.complete_header(True))
         self.store(self.draft.commit)
+
+    def accepted(self):
         log.info('%s: accepted from <%s> to %s, %d bytes, client %s (%s)',
                  self.id, self.sender, listed(self.recipients),
                  self.draft.size, self.client,
@@ -1278,10 +1313,10 @@ class Incoming(smtps.Receiver):
         self.draft.abort()
         self.intake.spool.drafts.discard(self.id)
 
-    def store(self, step, *arguments):
+    def store(self, step):
         """Does step; a full disk is the client's to try again."""
         try:
-            step(*arguments)
+            step()
         except OSError as error:
             log.error('%s: not taken from <%s>, client %s: it cannot be '
                       'stored: %s; answered 452, the client may try again',
@@ -3245,7 +3280,6 @@ class DemoMail(smtps.Receiver):
 
     def commit(self):
         self.mails.put(self.content)
-        return '2.0.0 taken'
 
 
 # --- Main -------------------------------------------------------------------

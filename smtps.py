@@ -18,10 +18,12 @@ How the threads work. A thread per connection spends its time handing
 CPython's interpreter lock around, and most of a conversation is waiting. So
 there is one desk, with one thread at it: it waits for all clients and does
 every step that cannot block. A conversation is a generator that yields what
-it waits for: READ, WRITE, or AWAY before a step that may block (a file, a
-password, a TLS handshake). Then its thread takes it away from the desk and
-the next thread of the team steps up. So threads meet only where one of them
-has to wait for the disk anyway, and an idle client costs no thread.
+it waits for: READ, WRITE, or before a step that may block SYNC or AWAY. SYNC
+is the disk: one thread, the clerk, takes the step of all mails that wait for
+it, one behind the other, so that they share what a sync costs. AWAY is all
+else (a large file, a password, a TLS handshake) and is done by a thread of
+the team. Then the conversation goes on at the desk. So the lock changes hands
+only around the disk, and an idle client costs no thread.
 
 `python3 smtps.py 2525` prints what it receives.
 
@@ -34,6 +36,7 @@ import errno
 import functools
 import logging
 import os
+import queue
 import re
 import selectors
 import socket
@@ -57,8 +60,10 @@ DAY = 86400.0           # seconds; a selector can't wait for a month
 FOREVER = float('inf')
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-AWAY = 0                # the next step may block
-PAUSE = -1              # nothing to do until the patience is over
+AWAY = -1               # the next step may block
+SYNC = -2               # the next step waits for the disk and then is quick
+BACK = -3               # that step is done: on with quick ones
+PAUSE = -4              # nothing to do until the patience is over
 DONE = None             # the conversation is over
 
 
@@ -120,9 +125,9 @@ class Session:
     keep nothing. To return accepts, to raise Refused refuses; any other
     exception is logged and answered 451: a bug never becomes a 250.
 
-    hello, mail, rcpt, data, reset and closed must not block: all clients may
-    wait for them. auth and the receiver's methods may. A session's hooks run
-    one by one, those of different sessions at the same time."""
+    auth, flush and commit may block; all else must not, since all clients
+    wait for it. A session's hooks run one by one, those that may block at the
+    same time as those of other sessions."""
 
     def __init__(self, client):
         self.client = client
@@ -152,15 +157,23 @@ class Session:
 
 
 class Receiver:
-    """Takes one mail. All three may block."""
+    """Takes one mail."""
 
     def write(self, chunk):
         """chunk: bytes as on the wire: lines end with CRLF, a dot at the
-        start of a line is doubled (RFC 5321 4.5.2)."""
+        start of a line is doubled (RFC 5321 4.5.2). Keep them in memory."""
+
+    def flush(self):
+        """The mail is large: what was written should leave the memory."""
+
+    def seal(self):
+        """The mail is complete: it sets out for the disk."""
 
     def commit(self):
-        """The mail is complete and from here on the program's: returns the
-        text of the 250 (str)."""
+        """The mail is safe and from here on the program's."""
+
+    def accepted(self):
+        """commit() returned; returns the text of the 250 (str)."""
         return '2.0.0 thank you'
 
     def abort(self):
@@ -262,6 +275,7 @@ PATH = re.compile(r'''
          (?P<bracketed> (?: "(?:[^"\\]|\\.)*" | [^<>"] )* ) >
        | (?P<bare> \S+ ) )
     (?P<parameters> (?: \s .* )? ) $''', re.VERBOSE | re.DOTALL)
+PLAIN = re.compile(r'<((?!@)[!#-;=?-~]*)>$')    # as nearly all of them are
 UNFIT = re.compile(r'[\x00-\x20\x7f<>]')
 QUOTED = re.compile(r'^"(?:[^"\\]|\\.)*"(?=@|$)')
 
@@ -269,7 +283,11 @@ QUOTED = re.compile(r'^"(?:[^"\\]|\\.)*"(?=@|$)')
 def parse_path(text, status):
     """('a@b', {'SIZE': '1'}) of '<a@b> SIZE=1', in any of the dialects that
     devices speak. status: the X.Y.Z of a refusal. Raises Refused."""
-    match = PATH.match(text.strip())
+    text = text.strip()
+    match = PLAIN.match(text)
+    if match:
+        return match[1], {}
+    match = PATH.match(text)
     if not match:
         raise Refused(501, status + ' give the address as <user@domain>')
     address = match['bare'] or match['bracketed'].strip()
@@ -313,8 +331,8 @@ class Connection:
         self.client = Client(peer[0], peer[1])
         self.session = server.make_session(self.client)
         self.talk = self.converse(tls)
-        self.watched, self.patience = AWAY, self.limits.timeout
-        self.deadline = 0.0
+        self.patience, self.deadline = self.limits.timeout, 0.0
+        self.watched, self.away = 0, None
         self.input, self.replies = b'', []
         self.errors, self.leaving = 0, False
         self.sender = self.parameters = None
@@ -323,20 +341,13 @@ class Connection:
     # What the server calls.
 
     def proceed(self, thrown=None):
-        """Goes on until there is something to wait for, and returns that:
-        READ, WRITE, AWAY, PAUSE or DONE."""
+        """One step; returns what the next one waits for: READ, WRITE, AWAY,
+        SYNC, BACK, PAUSE or DONE."""
         try:
             want = self.talk.throw(thrown) if thrown else next(self.talk)
         except StopIteration:
             want = DONE
         self.deadline = time.monotonic() + self.patience
-        return want
-
-    def proceed_slowly(self):
-        """The same with as many slow steps as there are."""
-        want = AWAY
-        while want == AWAY:
-            want = self.proceed()
         return want
 
     def close(self):
@@ -479,13 +490,13 @@ class Connection:
         """Puts TLS around the socket. Every step of a handshake computes:
         none of them at the desk. Raises Gone."""
         import ssl
-        yield AWAY
         try:
             self.sock.getpeername()     # gone already? wrap_socket would leak
             self.sock = context.wrap_socket(
                 self.sock, server_side=True, do_handshake_on_connect=False)
             self.want_read = ssl.SSLWantReadError
             self.want_write = ssl.SSLWantWriteError
+            yield AWAY
             for want in self.attempt(READ, self.sock.do_handshake):
                 yield want
                 yield AWAY
@@ -543,10 +554,10 @@ class Connection:
     @staticmethod
     def after(word, argument):
         """What follows 'FROM:' in all its spellings."""
-        match = re.match(word + r'\s*:', argument, re.IGNORECASE)
-        if not match:
+        said, colon, path = argument.partition(':')
+        if said.strip().upper() != word or not colon:
             raise Refused(501, '5.5.4 %s:<address> is missing' % word)
-        return argument[match.end():]
+        return path
 
     def do_DATA(self, argument):
         if not self.recipients:
@@ -554,7 +565,7 @@ class Connection:
         receiver = self.session.data(
             self.sender, self.recipients, self.parameters)
         try:
-            text = yield from self.take_mail(receiver)
+            yield from self.take_mail(receiver)
         except BaseException as error:
             self.call(receiver.abort)
             if isinstance(error, (Goodbye, Gone)):
@@ -565,33 +576,41 @@ class Connection:
         finally:
             self.forget()
         self.errors = 0
-        self.reply(250, text)
+        self.reply(250, receiver.accepted())
 
     def take_mail(self, receiver):
-        """The bytes of one mail into receiver; returns the 250's text. After
-        an error the rest is read and thrown away, then the error raised."""
+        """The bytes of one mail into receiver. After an error the rest is
+        read and thrown away, then the error raised."""
         self.reply(354, 'end with <CRLF>.<CRLF>')
-        reader, error = DataReader(), None
-        data, self.input = self.input, b''
-        while True:
-            reader.feed(data)
-            if reader.size > self.limits.maxsize:
-                error = error or self.too_large()
-            if reader.amount >= CHUNK or reader.rest is not None:
-                content = reader.take()
-                if not error:
+        reader, last_step = DataReader(), SYNC
+        reader.feed(self.input)
+        try:
+            while reader.rest is None:
+                if reader.amount >= CHUNK:
+                    receiver.write(self.next_piece(reader))
                     yield AWAY
-                    try:
-                        receiver.write(content)
-                    except Exception as problem:
-                        error = problem
-            if reader.rest is not None:
-                break
-            data = yield from self.receive()
-        self.input = reader.rest
-        if error:
-            raise error
-        return receiver.commit()
+                    receiver.flush()
+                    last_step = AWAY        # others need not wait for it
+                reader.feed((yield from self.receive()))
+            receiver.write(self.next_piece(reader))
+            receiver.seal()
+            yield last_step
+            receiver.commit()
+        except (Goodbye, Gone):
+            raise
+        except Exception:
+            while reader.rest is None:
+                reader.take()
+                reader.feed((yield from self.receive()))
+            raise
+        finally:
+            self.input = reader.rest or b''
+        yield BACK
+
+    def next_piece(self, reader):
+        if reader.size > self.limits.maxsize:
+            raise self.too_large()
+        return reader.take()
 
     def too_large(self):
         return Refused(552, '5.3.4 a mail may have %d bytes'
@@ -701,16 +720,22 @@ class Server:
         self.make_session, self.limits = make_session, limits
         self.hostname = hostname or socket.gethostname()
         self.listeners = []
+        self._desk = threading.Thread(target=self._attend, daemon=True,
+                                      name='smtp-desk')
+        self._clerk = threading.Thread(target=self._file, daemon=True,
+                                       name='smtp-disk')
+        # What the threads talk by. All else is the desk's alone.
+        self._slow = queue.SimpleQueue()    # connections; None: go home
+        self._sync = queue.SimpleQueue()    # the same, for the clerk
+        self._back = collections.deque()    # (connection, what it waits for)
+        self._asleep = False                # somebody has to ring
+        self._bell, self._ringer = socket.socketpair()
+
         self._selector = selectors.DefaultSelector()
-        self._desk = threading.Lock()       # held by the thread at the desk,
-        self._ready = collections.deque()   # who alone touches these two
         self._look_round = FOREVER          # when somebody may be silent
         self._connections = set()
-        self._count = threading.Lock()      # guards _team, _away, and what
-                                            # connections are watched for
-        self._team, self._away = [], 0
+        self._team, self._given = [], 0     # threads; steps given to them
         self._short_of_threads = self._stopping = False
-        self._bell, self._ringer = socket.socketpair()
         self._spare = open(os.devnull, 'rb', 0)
 
     def listen(self, host, port, tls=False):
@@ -749,9 +774,10 @@ class Server:
     def start(self):
         """Serves from now on, in threads of its own. Raises RuntimeError if
         not one can be had."""
-        self._selector.register(self._bell, READ, self._answer_bell)
-        if not self._hire():
-            raise RuntimeError('no thread can be started')
+        self._selector.register(self._bell, READ, functools.partial(
+            self._bell.recv, 64))
+        self._clerk.start()
+        self._desk.start()
 
     def stop(self, grace=8.0):
         """No new clients; who is between the final dot and the 250 gets it,
@@ -760,78 +786,79 @@ class Server:
             return
         self._stopping = True
         self._ringer.send(b'.')
-        end = time.monotonic() + grace
-        for thread in list(self._team):
-            thread.join(max(0.0, end - time.monotonic()))
+        if self._desk.is_alive():           # else it was never started
+            self._desk.join(grace)
         for sock in self.listeners:
             sock.close()
-        if any(thread.is_alive() for thread in self._team):
+        if self._desk.is_alive():
             return              # past its grace, it still needs the rest
+        self._sync.put(None)
+        for _ in self._team:
+            self._slow.put(None)
+        for thread in self._team + [self._clerk]:
+            if thread.is_alive():
+                thread.join()
         for thing in self._bell, self._ringer, self._spare, self._selector:
             thing.close()
 
-    # The team.
+    # The clerk and the team.
+
+    def _file(self):
+        """The life of the clerk: takes all mails that wait for the disk,
+        whose first sync may serve the others."""
+        for connection in iter(self._sync.get, None):
+            steps = [(connection, connection.proceed())]
+            for _ in range(self._sync.qsize()):
+                connection = self._sync.get()
+                steps.append((connection, connection.proceed()))
+            self._bring_back(steps)
 
     def _hire(self):
-        """One more thread; False if there can't be."""
+        """One more thread, if it can be had."""
         thread = threading.Thread(target=self._work, daemon=True,
                                   name='smtp-%d' % (len(self._team) + 1))
         try:
             thread.start()
+            self._team.append(thread)
+            self._short_of_threads = False
         except RuntimeError as error:
             if not self._short_of_threads:
                 log.warning('no more threads: %s; clients wait for each other',
                             error)
             self._short_of_threads = True
-            return False
-        self._short_of_threads = False
-        self._team.append(thread)
-        return True
 
     def _work(self):
-        """The life of a thread: at the desk until somebody needs more time,
-        then away with that one, while another has the desk."""
-        while True:
-            with self._desk:
-                connection = self._attend()
-            if connection is None:
-                return
-            want = connection.proceed_slowly()
-            with self._count:
-                self._away -= 1
-            self._watch(connection, want)
-            if connection.deadline < self._look_round:
-                self._ringer.send(b'.')
+        """The life of a thread of the team: steps that may block."""
+        for connection in iter(self._slow.get, None):
+            self._bring_back([(connection, connection.proceed())])
 
-    def _leave(self):
-        """May this thread leave the desk? Somebody has to stay."""
-        with self._count:
-            if self._away + 1 == len(self._team) and (
-                    len(self._team) == TEAM or not self._hire()):
-                return False
-            self._away += 1
-            return True
+    def _bring_back(self, steps):
+        self._back.extend(steps)
+        if self._asleep:
+            self._asleep = False
+            self._ringer.send(b'.')
 
     # At the desk.
 
     def _attend(self):
-        """Has the desk; returns the connection to take away from it, or None
-        when the server stops."""
-        while not self._stopping:
-            while self._ready:
-                try:
-                    connection = self._ready.popleft()()
-                except Exception:       # without a desk nobody is served
-                    log.exception('a client is lost by an error at the desk')
-                    continue
-                if connection:
-                    return connection
-            self._ready.extend(
-                key.data for key, _ in self._selector.select(self._leisure()))
+        """The life of the thread at the desk."""
+        while self._connections or not self._stopping:
+            self._asleep = True         # first: who comes back now will ring
+            events = self._selector.select(
+                0 if self._back else self._leisure())
+            self._asleep = False
+            for key, _ in events:
+                self._try(key.data)
+            while self._back:
+                connection, want = self._back.popleft()
+                self._given -= connection.away == AWAY
+                connection.away = None
+                self._try(self._go_on, connection, want)
             if time.monotonic() >= self._look_round:
                 self._dismiss_the_silent()
-        for connection in self._idle():
-            self._step(connection, Goodbye('4.3.2 shutting down'))
+            if self._stopping:
+                for connection in self._idle():
+                    self._step(connection, Goodbye('4.3.2 shutting down'))
 
     def _leisure(self):
         """Seconds until somebody may have been silent for too long."""
@@ -841,66 +868,84 @@ class Server:
             return None
         return min(max(0.0, self._look_round - time.monotonic()), DAY)
 
-    def _step(self, connection, thrown=None):
-        """A quick step at the desk; returns the connection if its next one
-        may take long and this thread may leave."""
-        want = connection.proceed(thrown)
-        if want == AWAY:
-            self._watch(connection, AWAY)
-            # Alone it need not leave: nobody waits but who comes just now.
-            if len(self._connections) > 1 and self._leave():
-                return connection
-            want = connection.proceed_slowly()
-        self._look_round = min(self._look_round, connection.deadline)
-        self._watch(connection, want)
+    @staticmethod
+    def _try(step, *arguments):
+        try:
+            step(*arguments)
+        except Exception:               # without a desk nobody is served
+            log.exception('a client is lost by an error at the desk')
 
-    def _watch(self, connection, want):
-        """Has the desk look for what the connection waits for."""
-        if want == connection.watched:
+    def _step(self, connection, thrown=None):
+        """The client did what its connection waits for; or thrown it is."""
+        if connection.away:
+            self._watch(connection, 0)          # heard when it is back
+        else:
+            self._go_on(connection, connection.proceed(thrown))
+
+    def _go_on(self, connection, want):
+        """Until it has to wait. want: what its next step waits for."""
+        while want in (AWAY, SYNC, BACK):
+            if want != BACK and self._send_away(connection, want):
+                return
+            want = connection.proceed()
+        self._look_round = min(self._look_round, connection.deadline)
+        self._watch(connection, want if want in (READ, WRITE) else 0)
+        if want is DONE:
+            self._connections.discard(connection)
+            connection.close()
+
+    def _send_away(self, connection, want):
+        """Gives its next step to another thread; False if that must or may as
+        well be done here: alone, nobody waits but who comes just now."""
+        if len(self._connections) == 1:
+            return False
+        if want == SYNC:
+            self._sync.put(connection)
+        else:
+            if self._given >= len(self._team) < TEAM:
+                self._hire()
+            if not self._team:
+                return False
+            self._given += 1
+            self._slow.put(connection)
+        connection.away = want
+        return True
+
+    def _watch(self, connection, events):
+        """Has the selector look for READ or WRITE, or 0 for neither."""
+        if events == connection.watched:
             return
-        with self._count:
-            before, connection.watched = connection.watched, want
-            if before in (READ, WRITE):
-                self._selector.unregister(connection.sock)
-            if want in (READ, WRITE):
-                self._selector.register(connection.sock, want, connection.step)
-            if want is DONE:
-                self._connections.discard(connection)
-                connection.close()
+        if connection.watched:
+            self._selector.unregister(connection.sock)
+        if events:
+            self._selector.register(connection.sock, events, connection.step)
+        connection.watched = events
 
     def _idle(self):
-        """The connections that wait for their clients: nobody is away with
-        them, nor just coming back."""
-        with self._count:
-            return [c for c in self._connections if c.watched]
-
-    def _answer_bell(self):
-        self._bell.recv(64)
-        self._look_round = 0.0
+        """The connections that wait for their clients."""
+        return [c for c in self._connections if not c.away]
 
     def _dismiss_the_silent(self):
         now = time.monotonic()
         for connection in self._idle():
-            if connection.deadline <= now and (
-                    connection.step not in self._ready):    # it spoke
-                away = self._step(connection, Silence(
+            if connection.deadline <= now:
+                self._step(connection, Silence(
                     '4.4.2 silent for %d seconds' % connection.patience))
-                if away:
-                    self._ready.append(functools.partial(lambda c: c, away))
         self._look_round = min(
             (c.deadline if c.deadline > now else now + c.patience
-             for c in list(self._connections)), default=FOREVER)
+             for c in self._connections), default=FOREVER)
 
     # New clients.
 
     def _welcome(self, listener, tls):
-        """Accepts one; returns it if it begins with a TLS handshake."""
+        """Accepts a client."""
         try:
             sock, peer = listener.accept()
         except (BlockingIOError, ConnectionError):
-            return None                         # gone again
+            return                              # gone again
         except OSError as error:
-            return self._turn_away(listener, error)
+            self._turn_away(listener, error)
+            return
         address = peer[0].partition('%')[0]     # fe80::1%eth0
         refusal = self._refusal(address)
         if refusal:
@@ -908,7 +953,7 @@ class Server:
             with contextlib.suppress(OSError, ValueError):
                 sock.send(b'%s\r\n' % refusal.encode())
             sock.close()
-            return None
+            return
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
@@ -917,11 +962,11 @@ class Server:
         except Exception:
             log.exception('%s: no session for this client', address)
             sock.close()
-            return None
+            return
         connection.step = functools.partial(self._step, connection)
         self._connections.add(connection)
         log.debug('%s: connected', connection.client)
-        return self._step(connection)
+        self._step(connection)
 
     def _refusal(self, address):
         """The reply that keeps this address out, or None."""
@@ -937,7 +982,7 @@ class Server:
         address has fewer, the greediest one's most silent connection goes.
         So a camera that hangs can't shut out the rest."""
         held = collections.Counter(
-            c.client.address for c in list(self._connections))
+            c.client.address for c in self._connections)
         greedy, most = held.most_common(1)[0] if held else ('', 0)
         if most <= held[address] + 1:
             return False
@@ -982,7 +1027,7 @@ class PrintedMail(Receiver):
     def write(self, chunk):
         self.content.append(chunk)
 
-    def commit(self):
+    def accepted(self):
         text = b'\r\n' + b''.join(self.content)
         print(text.replace(b'\r\n.', b'\r\n').replace(b'\r\n', b'\n').decode(
             'utf-8', 'replace'), flush=True)

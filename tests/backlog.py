@@ -160,6 +160,7 @@ def fill(folder, count):
         for number in range(count):
             draft = spool.draft('printer@home.lan', ['you@example.org'], {})
             draft.write(CONTENT % number)
+            draft.seal()
             draft.commit()
             spool.drafts.clear()
     spool.close()

@@ -250,6 +250,7 @@ def spool_life(root, tell):
     draft = spool.draft('a@home.lan', ['b@home.lan', 'c@home.lan'], {})
     draft.write(b'Subject: death\r\n\r\n')
     draft.write(b'a line of many\r\n' * 10000)
+    draft.seal()
     draft.commit()
     tell('promised ' + draft.id)
     mail = spool.load(draft.id)

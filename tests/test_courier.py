@@ -52,6 +52,7 @@ class CourierCase(FolderCase):
         """A Mail as it lies in the spool."""
         draft = self.spool.draft(sender, list(to), parameters)
         draft.write((b'\r\n' + content).replace(b'\r\n.', b'\r\n..')[2:])
+        draft.seal()
         draft.commit()
         return self.spool.load(draft.id)
 

@@ -63,6 +63,7 @@ class RelayCase(ProxyCase):
         """A mail as a client hands it in; returns its id."""
         draft = self.spool.draft(sender, list(to), {})
         draft.write(MAIL)
+        draft.seal()
         draft.commit()
         self.spool.drafts.discard(draft.id)
         self.relay.announce(draft.id, sender)

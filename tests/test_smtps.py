@@ -74,7 +74,6 @@ class Kept(smtps.Receiver):
 
     def commit(self):
         self.case.mails.append(self)
-        return '2.0.0 kept'
 
     def abort(self):
         self.case.aborted.append(self)
@@ -909,9 +908,13 @@ class FaultyMail(Kept):
         self.fail('write')
         super().write(chunk)
 
+    def seal(self):
+        self.fail('seal')
+        super().seal()
+
     def commit(self):
         self.fail('commit')
-        return super().commit()
+        super().commit()
 
     def abort(self):
         super().abort()
@@ -923,7 +926,8 @@ class Hooks(ListenerCase):
     SESSION, errors = Faulty, 'on purpose'
     STEPS = (('hello', 'EHLO x'), ('auth', 'AUTH PLAIN AHUAcA=='),
              ('mail', 'MAIL FROM:<a@x>'), ('rcpt', 'RCPT TO:<b@x>'),
-             ('data', 'DATA'), ('write', 'hi\r\n.'), ('commit', 'hi\r\n.'))
+             ('data', 'DATA'), ('write', 'hi\r\n.'), ('seal', 'hi\r\n.'),
+             ('commit', 'hi\r\n.'))
 
     def setUp(self):
         Faulty.fault, Faulty.MAIL = {}, FaultyMail
@@ -934,8 +938,8 @@ class Hooks(ListenerCase):
         Faulty.fault, codes = fault, {}
         client = self.client()
         for hook, line in self.STEPS:
-            if hook == 'commit' and 'write' in codes:
-                codes['commit'] = codes['write']
+            if hook == 'seal' and 'write' in codes:     # one line, one reply
+                codes['seal'] = codes['commit'] = codes['write']
                 break
             codes[hook] = client.command(line)[0]
             if hook in fault:
@@ -1004,9 +1008,11 @@ class Shortage(ListenerCase):
     def test_without_threads_clients_wait_for_each_other(self):
         with mock.patch.object(threading.Thread, 'start', side_effect=(
                 RuntimeError("can't start new thread"))):
-            clients = [self.converse(HELLO + DATA) for _ in range(3)]
+            clients = [self.converse(HELLO) for _ in range(3)]
             for client in clients:
-                self.converse('C: x\n' + END + TAKEN, client)
+                self.converse('C: AUTH PLAIN AHVzZXIAcGFzcw==\nS: 235'
+                              '\nL: user pass', client)
+                self.converse(MAIL, client)
         self.assertLogged('WARNING', 'no more threads')
         self.assertServes()
 

@@ -45,6 +45,7 @@ class SpoolCase(FolderCase):
         """A mail that is safe; returns its id."""
         draft = self.spool.draft(sender, list(to), parameters or {})
         draft.write(content)
+        draft.seal()
         draft.commit()
         self.spool.drafts.discard(draft.id)
         return draft.id
@@ -154,6 +155,7 @@ class Files(SpoolCase):
         draft.write(CONTENT * 10000)
         before = self.spool.scan()
 
+        draft.seal()
         draft.commit()
         self.spool.drafts.discard(draft.id)
 
