@@ -1667,9 +1667,12 @@ class Replies:
             left = self.deadline - time.monotonic()
             if left <= 0:
                 raise socket.timeout('timed out')
-            if abs(left - self.sock.gettimeout()) > 1:
+            if left < self.sock.gettimeout() - 1:
                 self.sock.settimeout(left)
-            data = self.sock.recv(4096)
+            try:
+                data = self.sock.recv(4096)
+            except socket.timeout:
+                continue                # of the socket; the reply has its own
             if not data:
                 break
             self.buffer += data
