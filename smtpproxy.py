@@ -655,6 +655,7 @@ END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
+HELD_BACK = 4 << 20             # bytes written that no sync was begun for
 
 
 class Mail:
@@ -816,6 +817,7 @@ class Draft:
         lines += ['RCPT TO:<%s>' % address for address in to]
         self.pending = first + ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
         self.file, self.checksum, self.size = None, 0, 0
+        self.written = self.begun = 0   # bytes; the system writes the latter
         self.number = 0             # of its name; 0: not on disk yet
 
     def write(self, chunk):
@@ -831,8 +833,20 @@ class Draft:
             self.number = self.spool.count_name()
         data, self.pending = self.pending, b''
         self.checksum = zlib.crc32(data, self.checksum)
+        self.written += len(data)
         while data:
             data = data[os.write(self.file, data):]
+        if self.written - self.begun >= HELD_BACK:
+            self.begin()
+
+    def begin(self):
+        """Has the system begin to write what it would hold back for a while:
+        so the sync of a large mail is short, and small ones that are synced
+        one behind the other share the commits of a journal."""
+        with contextlib.suppress(OSError, AttributeError):  # not on macOS
+            os.posix_fadvise(self.file, self.begun, self.written - self.begun,
+                             os.POSIX_FADV_DONTNEED)
+        self.begun = self.written
 
     def seal(self):
         """Writes the end. Raises OSError."""
@@ -843,11 +857,8 @@ class Draft:
         if is_small:
             self.spool.remember(self.id, self.pending)
         self.flush()
-        if is_small and hasattr(os, 'posix_fadvise'):
-            # The system begins to write now: mails that are synced one
-            # behind the other then share the commits of a journal.
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(self.file, 0, 0, os.POSIX_FADV_DONTNEED)
+        if is_small:                # a large one would keep the desk waiting
+            self.begin()
 
     def commit(self):
         """The promise: after this the mail survives a crash. Raises OSError,

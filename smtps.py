@@ -34,6 +34,7 @@ import collections
 import contextlib
 import errno
 import functools
+import io
 import logging
 import os
 import queue
@@ -214,7 +215,8 @@ class DataReader:
         data = self.held + data
         if b'\0' in data:
             data = self.NULS.sub(rb'\1\2', data)
-        cut = data.find(self.END)
+        # Large mails are base64, which knows no dot: one byte is found faster.
+        cut = data.find(self.END) if b'.' in data else -1
         if cut < 0:
             cut = self._undecided(data)
             piece, self.held = self._normalised(data[:cut]), data[cut:]
@@ -249,8 +251,10 @@ class DataReader:
 
     def _normalised(self, piece):
         """piece with every line end a CRLF; most need no change."""
-        ends = piece.count(b'\n')
-        if (ends == piece.count(b'\r\n') == piece.count(b'\r')
+        # What knows all kinds of line ends after one look is made for str.
+        look = io.IncrementalNewlineDecoder(None, translate=False)
+        look.decode(piece.decode('latin-1'), final=True)
+        if (look.newlines in (None, '\r\n')
                 and b'\0' not in piece and not piece.endswith(b'\n.')):
             return piece
         return self.LONE_DOT.sub(
@@ -275,7 +279,6 @@ PATH = re.compile(r'''
          (?P<bracketed> (?: "(?:[^"\\]|\\.)*" | [^<>"] )* ) >
        | (?P<bare> \S+ ) )
     (?P<parameters> (?: \s .* )? ) $''', re.VERBOSE | re.DOTALL)
-PLAIN = re.compile(r'<((?!@)[!#-;=?-~]*)>$')    # as nearly all of them are
 UNFIT = re.compile(r'[\x00-\x20\x7f<>]')
 QUOTED = re.compile(r'^"(?:[^"\\]|\\.)*"(?=@|$)')
 
@@ -283,11 +286,7 @@ QUOTED = re.compile(r'^"(?:[^"\\]|\\.)*"(?=@|$)')
 def parse_path(text, status):
     """('a@b', {'SIZE': '1'}) of '<a@b> SIZE=1', in any of the dialects that
     devices speak. status: the X.Y.Z of a refusal. Raises Refused."""
-    text = text.strip()
-    match = PLAIN.match(text)
-    if match:
-        return match[1], {}
-    match = PATH.match(text)
+    match = PATH.match(text.strip())
     if not match:
         raise Refused(501, status + ' give the address as <user@domain>')
     address = match['bare'] or match['bracketed'].strip()
