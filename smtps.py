@@ -19,11 +19,11 @@ CPython's interpreter lock around, and most of a conversation is waiting. So
 there is one desk, with one thread at it: it waits for all clients and does
 every step that cannot block. A conversation is a generator that yields what
 it waits for: READ, WRITE, or before a step that may block SYNC or AWAY. SYNC
-is the disk: one thread, the clerk, takes the step of all mails that wait for
-it, one behind the other, so that they share what a sync costs. AWAY is all
-else (a large file, a password, a TLS handshake) and is done by a thread of
-the team. Then the conversation goes on at the desk. So the lock changes hands
-only around the disk, and an idle client costs no thread.
+is the disk: one thread, the clerk, takes all mails that wait for it through
+each step together, so that they share what a sync costs. AWAY is all else (a
+large file, a password, a TLS handshake) and is done by a thread of the team.
+Then the conversation goes on at the desk. So the lock changes hands only
+around the disk, and an idle client costs no thread.
 
 `python3 smtps.py 2525` prints what it receives.
 
@@ -62,7 +62,7 @@ FOREVER = float('inf')
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 AWAY = -1               # the next step may block
-SYNC = -2               # the next step waits for the disk and then is quick
+SYNC = -2               # the same, and what it waits for is the disk
 BACK = -3               # that step is done: on with quick ones
 PAUSE = -4              # nothing to do until the patience is over
 DONE = None             # the conversation is over
@@ -126,9 +126,9 @@ class Session:
     keep nothing. To return accepts, to raise Refused refuses; any other
     exception is logged and answered 451: a bug never becomes a 250.
 
-    auth, flush and commit may block; all else must not, since all clients
-    wait for it. A session's hooks run one by one, those that may block at the
-    same time as those of other sessions."""
+    auth, flush, seal and commit may block; all else must not, since all
+    clients wait for it. A session's hooks run one by one, those that may block
+    at the same time as those of other sessions."""
 
     def __init__(self, client):
         self.client = client
@@ -592,6 +592,7 @@ class Connection:
                     last_step = AWAY        # others need not wait for it
                 reader.feed((yield from self.receive()))
             receiver.write(self.next_piece(reader))
+            yield last_step
             receiver.seal()
             yield last_step
             receiver.commit()
@@ -805,14 +806,15 @@ class Server:
     # The clerk and the team.
 
     def _file(self):
-        """The life of the clerk: takes all mails that wait for the disk,
-        whose first sync may serve the others."""
+        """The life of the clerk: what waits is a group, and all of it takes
+        one step before any takes the next."""
         for connection in iter(self._sync.get, None):
-            steps = [(connection, connection.proceed())]
-            for _ in range(self._sync.qsize()):
-                connection = self._sync.get()
-                steps.append((connection, connection.proceed()))
-            self._bring_back(steps)
+            group = [connection]
+            group += [self._sync.get() for _ in range(self._sync.qsize())]
+            while group:
+                steps = [(c, c.proceed()) for c in group]
+                group = [c for c, want in steps if want == SYNC]
+                self._bring_back([s for s in steps if s[1] != SYNC])
 
     def _hire(self):
         """One more thread, if it can be had."""
