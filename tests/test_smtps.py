@@ -866,6 +866,103 @@ class TLS(ListenerCase):
         self.assertEqual(b'', client.socket.recv(10))
 
 
+# --- The clerk: mails that wait for the disk ---------------------------------
+
+class Disk:
+    """Notes who takes which step, and can be made to take long."""
+
+    def __init__(self):
+        self.steps, self.is_quick = [], threading.Event()
+        self.is_quick.set()
+
+    def step(self, name, mail):
+        self.steps.append((name, mail.content[:1].decode()))
+        self.is_quick.wait(10)
+
+
+class OnDisk(Kept):
+
+    def seal(self):
+        self.case.disk.step('seal', self)
+
+    def commit(self):
+        self.case.disk.step('commit', self)
+        super().commit()
+
+
+class Clerk(ListenerCase):
+
+    class SESSION(Keeper):
+        MAIL = OnDisk
+
+    def setUp(self):
+        self.disk = Disk()
+        super().setUp()
+
+    def give(self, content):
+        """Hands a mail in up to the final dot; returns the client."""
+        client = self.client()
+        self.converse(HELLO + DATA, client)
+        client.socket.sendall(content + b'\r\n.\r\n')
+        return client
+
+    def busy_with(self, content):
+        """The clerk has a mail in hand, and the disk takes long."""
+        self.client()                       # alone there is no need of him
+        self.disk.is_quick.clear()
+        client = self.give(content)
+        wait_until(lambda: self.disk.steps)
+        return client
+
+    def test_mails_that_wait_take_each_step_together(self):
+        first = self.busy_with(b'1')
+        others = [self.give(content) for content in (b'2', b'3')]
+        wait_until(lambda: self.server._sync.qsize() == 2)
+
+        self.disk.is_quick.set()
+
+        for client in [first] + others:
+            client.expect('250')
+        self.assertEqual(
+            [('seal', '1'), ('commit', '1'), ('seal', '2'), ('seal', '3'),
+             ('commit', '2'), ('commit', '3')], self.disk.steps)
+
+    def test_a_slow_disk_holds_up_no_conversation(self):
+        first = self.busy_with(b'1')
+
+        self.converse(HELLO + 'C: AUTH PLAIN AHUAcA==\nS: 235\nL: u p\n'
+                      + DATA)
+
+        self.assertEqual([], self.mails)
+        self.disk.is_quick.set()
+        first.expect('250')
+
+    def test_a_small_mail_does_not_wait_for_the_sync_of_a_large_one(self):
+        large = self.busy_with(b'L' * 10 * smtps.CHUNK)
+        self.disk.steps.clear()
+        small = self.give(b's')
+
+        wait_until(lambda: self.disk.steps)
+
+        self.assertEqual([('seal', 's')], self.disk.steps)
+        self.disk.is_quick.set()
+        small.expect('250')
+        large.expect('250')
+
+    def test_a_mail_in_the_clerks_hands_survives_a_stop(self):
+        first = self.busy_with(b'1')
+        stopping = threading.Thread(target=next, args=(self.stop, None),
+                                    name='stop')
+        stopping.start()
+        wait_until(lambda: self.server._stopping)
+
+        self.disk.is_quick.set()
+
+        first.expect('250')
+        stopping.join(5)
+        self.assertFalse(self.server._clerk.is_alive())
+
+
 # --- Hooks that fail --------------------------------------------------------
 
 class Faulty(Keeper):

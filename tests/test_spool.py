@@ -150,6 +150,31 @@ class Files(SpoolCase):
         self.assertEqual(sorted(id[:8] for id in ids),
                          [id[:8] for id in ids])
 
+    def test_mails_that_are_synced_together_share_the_sync_of_the_folder(self):
+        drafts = [self.spool.draft(SENDER, [A], {}) for _ in range(3)]
+        for draft in drafts[:2]:
+            draft.seal()
+
+        with mock.patch.object(self.spool, 'sync') as sync:
+            drafts[0].commit()
+            drafts[1].commit()
+            self.assertEqual(1, sync.call_count)
+            drafts[2].seal()                # a name that came later
+            drafts[2].commit()
+            self.assertEqual(2, sync.call_count)
+
+    def test_a_folder_that_was_not_synced_is_synced_for_the_next(self):
+        drafts = [self.spool.draft(SENDER, [A], {}) for _ in range(2)]
+        for draft in drafts:
+            draft.seal()
+
+        with mock.patch.object(self.spool, 'sync', side_effect=OSError):
+            self.assertRaises(OSError, drafts[0].commit)
+
+        with mock.patch.object(self.spool, 'sync') as sync:
+            drafts[1].commit()
+        sync.assert_called_once_with()
+
     def test_a_mail_is_seen_once_it_is_promised_and_not_before(self):
         draft = self.spool.draft(SENDER, [A], {})
         draft.write(CONTENT * 10000)
