@@ -655,7 +655,7 @@ END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
-HELD_BACK = 4 << 20             # bytes written that no sync was begun for
+PUSH = 4 << 20                  # bytes of a large mail that are held back
 
 
 class Mail:
@@ -817,7 +817,7 @@ class Draft:
         lines += ['RCPT TO:<%s>' % address for address in to]
         self.pending = first + ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
         self.file, self.checksum, self.size = None, 0, 0
-        self.written = self.begun = 0   # bytes; the system writes the latter
+        self.written = self.pushed = 0  # bytes; see push()
         self.number = 0             # of its name; 0: not on disk yet
 
     def write(self, chunk):
@@ -836,29 +836,29 @@ class Draft:
         self.written += len(data)
         while data:
             data = data[os.write(self.file, data):]
-        if self.written - self.begun >= HELD_BACK:
-            self.begin()
+        if self.written - self.pushed >= PUSH:
+            self.push()
 
-    def begin(self):
-        """Has the system begin to write what it would hold back for a while:
-        so the sync of a large mail is short, and small ones that are synced
-        one behind the other share the commits of a journal."""
+    def push(self):
+        """Has the system begin to write to the disk what it would keep in
+        memory for a while, which is what Linux does on this advice: so the
+        sync of a large mail is short, and small ones that are synced one
+        behind the other share the commits of a journal."""
         with contextlib.suppress(OSError, AttributeError):  # not on macOS
-            os.posix_fadvise(self.file, self.begun, self.written - self.begun,
+            os.posix_fadvise(self.file, self.pushed,
+                             self.written - self.pushed,
                              os.POSIX_FADV_DONTNEED)
-        self.begun = self.written
+        self.pushed = self.written
 
     def seal(self):
         """Writes the end. Raises OSError."""
         self.pending += b'.\r\n'
         self.pending += b'NOOP crc32=%08x\r\n' % zlib.crc32(
             self.pending, self.checksum)
-        is_small = self.file is None
-        if is_small:
+        if self.file is None:
             self.spool.remember(self.id, self.pending)
         self.flush()
-        if is_small:                # a large one would keep the desk waiting
-            self.begin()
+        self.push()
 
     def commit(self):
         """The promise: after this the mail survives a crash. Raises OSError,
@@ -894,11 +894,11 @@ class Spool:
 
       files                   made by              a crash there costs
       ------------------------------------------------------------------
-      ID.mail without END     Draft.write          nothing: no 250 was said;
+      ID.mail without END     Draft.flush          nothing: no 250 was said;
                                                    swept at start
-      ID.mail                 Draft.commit: END    at worst a second copy,
-                              + fsync IS THE       stored with its 250 unheard
-                              PROMISE
+      ID.mail                 Draft.seal: END      at worst a second copy,
+                              commit: fsync IS     stored with its 250 unheard
+                              THE PROMISE
       ID.mail with lines      save: each line has  one try more before it; an
         "NOOP state=" behind  its checksum, one    accepted recipient's second
         END                   fsync                copy, never after
@@ -1123,17 +1123,18 @@ class Spool:
         """Makes that name last: one sync serves all that were made before
         it. Raises OSError."""
         if number > self.lasting:
-            newest = self.names
-            self.sync()
-            self.lasting = max(self.lasting, newest)
+            newest = self.names         # before the sync
+            if self.sync():
+                self.lasting = newest   # if set back: one sync more than need
 
     def sync(self):
-        """Makes all names last. The lock is an open folder: no need for
-        another, as long as it is this one. Raises OSError."""
+        """Makes all names last; whether it was in the folder that is locked:
+        then no other needs to be opened. Raises OSError."""
         if self.is_there():
             os.fsync(self.lock)
-        else:
-            sync_folder(self.folder)
+            return True
+        sync_folder(self.folder)
+        return False
 
     # All of them.
 
@@ -1316,8 +1317,10 @@ class Incoming(smtps.Receiver):
                  self.id, self.sender, listed(self.recipients),
                  self.draft.size, self.client,
                  self.client.hello or 'gave no name')
-        self.intake.announce(self.id, self.sender)
-        self.intake.spool.drafts.discard(self.id)   # now a scan may see it
+        try:
+            self.intake.announce(self.id, self.sender)
+        finally:                # now a scan may see it; before, it would be
+            self.intake.spool.drafts.discard(self.id)   # in the relay twice
         return '2.0.0 accepted as ' + self.id
 
     def abort(self):
@@ -1672,6 +1675,8 @@ class Replies:
         """A whole reply has to be there in so many seconds."""
         self.deadline = time.monotonic() + seconds
         self.budget = REPLY_SIZE
+        if self.sock.gettimeout() < REPLY_TIME - 1:
+            self.sock.settimeout(REPLY_TIME)
 
     def readline(self, limit=8192):
         while b'\n' not in self.buffer and len(self.buffer) < limit:
@@ -1682,8 +1687,10 @@ class Replies:
                 self.sock.settimeout(left)
             try:
                 data = self.sock.recv(4096)
-            except socket.timeout:
-                continue                # of the socket; the reply has its own
+            except socket.timeout as error:
+                if error.errno:         # the system's: the other end is gone
+                    raise
+                continue                # the socket's: the reply has its own
             if not data:
                 break
             self.buffer += data

@@ -55,7 +55,7 @@ AUTH_LINE = 12288       # bytes; RFC 4954 section 4
 RECIPIENTS = 1000       # a mail; RFC 5321 4.5.3.1.8 asks for 100 and more
 ERRORS = 20             # refused commands until a session is ended
 AUTH_PAUSE = 3.0        # seconds that a wrong password costs
-TEAM = 32               # threads at most; so many mails are synced at once
+TEAM = 32               # threads at most
 BACKLOG = 512           # a short one makes clients wait a second and more
 DAY = 86400.0           # seconds; a selector can't wait for a month
 FOREVER = float('inf')
@@ -127,8 +127,8 @@ class Session:
     exception is logged and answered 451: a bug never becomes a 250.
 
     auth, flush, seal and commit may block; all else must not, since all
-    clients wait for it. A session's hooks run one by one, those that may block
-    at the same time as those of other sessions."""
+    clients wait for it. A session's hooks run one by one, those of different
+    sessions at the same time."""
 
     def __init__(self, client):
         self.client = client
@@ -174,7 +174,8 @@ class Receiver:
         """The mail is safe and from here on the program's."""
 
     def accepted(self):
-        """commit() returned; returns the text of the 250 (str)."""
+        """commit() and reset() returned; returns the text of the 250 (str).
+        Whatever happens here, the client gets one."""
         return '2.0.0 thank you'
 
     def abort(self):
@@ -251,7 +252,7 @@ class DataReader:
 
     def _normalised(self, piece):
         """piece with every line end a CRLF; most need no change."""
-        # What knows all kinds of line ends after one look is made for str.
+        # Three counts take four times as long as this, which needs a str.
         look = io.IncrementalNewlineDecoder(None, translate=False)
         look.decode(piece.decode('latin-1'), final=True)
         if (look.newlines in (None, '\r\n')
@@ -472,9 +473,9 @@ class Connection:
         self.replies.append(b'%d %s\r\n' % (code, lines[-1].encode()))
 
     def call(self, hook):
-        """A hook whose failure must not change what is answered."""
+        """What a hook returns whose failure must not change the reply."""
         try:
-            hook()
+            return hook()
         except Exception:
             log.exception('%s: in %s', self.client, hook)
 
@@ -575,15 +576,16 @@ class Connection:
         finally:
             self.forget()
         self.errors = 0
-        self.reply(250, receiver.accepted())
+        # It is safe: the client must not send it again, whatever fails now.
+        self.reply(250, self.call(receiver.accepted) or '2.0.0 accepted')
 
     def take_mail(self, receiver):
         """The bytes of one mail into receiver. After an error the rest is
         read and thrown away, then the error raised."""
         self.reply(354, 'end with <CRLF>.<CRLF>')
         reader, last_step = DataReader(), SYNC
-        reader.feed(self.input)
         try:
+            reader.feed(self.input)
             while reader.rest is None:
                 if reader.amount >= CHUNK:
                     receiver.write(self.next_piece(reader))
@@ -720,11 +722,11 @@ class Server:
         self.make_session, self.limits = make_session, limits
         self.hostname = hostname or socket.gethostname()
         self.listeners = []
-        self._desk = threading.Thread(target=self._attend, daemon=True,
-                                      name='smtp-desk')
-        self._clerk = threading.Thread(target=self._file, daemon=True,
-                                       name='smtp-disk')
-        # What the threads talk by. All else is the desk's alone.
+        self._desk = threading.Thread(
+            target=self._attend, name='smtp-desk', daemon=True)
+        self._clerk = threading.Thread(
+            target=self._file_mails, name='smtp-disk', daemon=True)
+        # What the threads talk by. While it runs all else is the desk's.
         self._slow = queue.SimpleQueue()    # connections; None: go home
         self._sync = queue.SimpleQueue()    # the same, for the clerk
         self._back = collections.deque()    # (connection, what it waits for)
@@ -775,7 +777,7 @@ class Server:
 
     def start(self):
         """Serves from now on, in threads of its own. Raises RuntimeError if
-        not one can be had."""
+        they can't be had; then stop() is needed as well."""
         self._selector.register(self._bell, READ, functools.partial(
             self._bell.recv, 64))
         self._clerk.start()
@@ -805,16 +807,18 @@ class Server:
 
     # The clerk and the team.
 
-    def _file(self):
-        """The life of the clerk: what waits is a group, and all of it takes
-        one step before any takes the next."""
+    def _file_mails(self):
+        """The life of the clerk: takes all that waits as a group."""
         for connection in iter(self._sync.get, None):
-            group = [connection]
-            group += [self._sync.get() for _ in range(self._sync.qsize())]
-            while group:
-                steps = [(c, c.proceed()) for c in group]
-                group = [c for c, want in steps if want == SYNC]
-                self._bring_back([s for s in steps if s[1] != SYNC])
+            self._try(self._file_group, [connection] + [
+                self._sync.get() for _ in range(self._sync.qsize())])
+
+    def _file_group(self, group):
+        """All take one step before any takes the next."""
+        while group:
+            steps = [(c, c.proceed()) for c in group]
+            group = [c for c, want in steps if want == SYNC]
+            self._bring_back([step for step in steps if step[1] != SYNC])
 
     def _hire(self):
         """One more thread, if it can be had."""
@@ -837,7 +841,7 @@ class Server:
 
     def _bring_back(self, steps):
         self._back.extend(steps)
-        if self._asleep:
+        if steps and self._asleep:
             self._asleep = False
             self._ringer.send(b'.')
 
@@ -860,8 +864,16 @@ class Server:
             if time.monotonic() >= self._look_round:
                 self._dismiss_the_silent()
             if self._stopping:
-                for connection in self._idle():
-                    self._step(connection, Goodbye('4.3.2 shutting down'))
+                self._close_up()
+
+    def _close_up(self):
+        """Nobody comes in, and who waits for his client goes."""
+        while self.listeners:
+            sock = self.listeners.pop()
+            self._selector.unregister(sock)
+            sock.close()
+        for connection in self._idle():
+            self._try(self._step, connection, Goodbye('4.3.2 shutting down'))
 
     def _leisure(self):
         """Seconds until somebody may have been silent for too long."""
@@ -876,7 +888,7 @@ class Server:
         try:
             step(*arguments)
         except Exception:               # without a desk nobody is served
-            log.exception('a client is lost by an error at the desk')
+            log.exception('a client is lost by an error')
 
     def _step(self, connection, thrown=None):
         """The client did what its connection waits for; or thrown it is."""
@@ -920,9 +932,10 @@ class Server:
             return
         if connection.watched:
             self._selector.unregister(connection.sock)
+            connection.watched = 0
         if events:
             self._selector.register(connection.sock, events, connection.step)
-        connection.watched = events
+            connection.watched = events
 
     def _idle(self):
         """The connections that wait for their clients."""
@@ -932,7 +945,7 @@ class Server:
         now = time.monotonic()
         for connection in self._idle():
             if connection.deadline <= now:
-                self._step(connection, Silence(
+                self._try(self._step, connection, Silence(
                     '4.4.2 silent for %d seconds' % connection.patience))
         self._look_round = min(
             (c.deadline if c.deadline > now else now + c.patience

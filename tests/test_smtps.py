@@ -1013,6 +1013,10 @@ class FaultyMail(Kept):
         self.fail('commit')
         super().commit()
 
+    def accepted(self):
+        self.fail('accepted')
+        return super().accepted()
+
     def abort(self):
         super().abort()
         self.fail('abort')
@@ -1053,6 +1057,17 @@ class Hooks(ListenerCase):
                 self.assertEqual(556, self.replies(fault)[hook])
         self.assertEqual([], self.mails)
         self.assertServes()
+
+    def test_a_mail_that_is_safe_is_accepted_whatever_fails_then(self):
+        for error in (ValueError('on purpose'),
+                      smtps.Refused(554, '5.0.0 on purpose')):
+            with self.subTest(error=error):
+                Faulty.fault = {'accepted': error}
+
+                self.converse(HELLO + MAIL)
+
+                self.assertEqual([], self.aborted)
+        Faulty.fault = {}
 
     def test_another_exception_is_answered_451_and_logged(self):
         for hook, _ in self.STEPS:
