@@ -1552,7 +1552,9 @@ CA_FILES = ('/etc/ssl/certs/ca-certificates.crt', '/etc/ssl/cert.pem',
 
 class Trouble(Exception):
     """The account's server can't be used now: every mail of the account has
-    to wait. Its text is for the owner."""
+    to wait. Its text is for the owner; absent: there is no way to it."""
+
+    absent = False
 
 
 class Closing(OSError):
@@ -1561,11 +1563,11 @@ class Closing(OSError):
 
 class Report:
     """The verdict of one attempt: what became of each recipient. sent,
-    later, never: {recipient: reply}; trouble: the account's, not the
-    mail's."""
+    later, never: {recipient: reply}; trouble: None, or the Trouble of the
+    account, not the mail's."""
 
     def __init__(self, to):
-        self.open, self.trouble = list(to), False
+        self.open, self.trouble = list(to), None
         self.sent, self.later, self.never = {}, {}, {}
 
     def settle(self, recipient, code, text):
@@ -1579,9 +1581,8 @@ class Report:
         for recipient in self.open[:]:
             self.settle(recipient, code, text)
 
-    def give_up(self, text, trouble=False):
+    def give_up(self, text):
         """What is still open has to be tried again."""
-        self.trouble = trouble
         for recipient in self.open:
             self.later[recipient] = text
         self.open = []
@@ -1635,6 +1636,13 @@ def explain(error, host):
     text = plain(text if isinstance(text, bytes) else str(text))
     return '%s: %s' % (host, 'connection closed' if text == '-ERR EOF'
                        else text)
+
+
+def is_absence(error):
+    """Was there nobody at the other end, or no way to it?"""
+    return isinstance(error, (ConnectionRefusedError, socket.gaierror)) or (
+        getattr(error, 'errno', None) in (errno.ENETUNREACH,
+                                          errno.EHOSTUNREACH))
 
 
 def certificate_advice(error):
@@ -1847,9 +1855,11 @@ class Courier:
             self.close()
             if isinstance(error, Trouble):
                 raise
-            raise Trouble('%s: %s%s' % (
+            trouble = Trouble('%s: %s%s' % (
                 what, explain(error, self.account.server),
-                self.port_advice())) from error
+                self.port_advice()))
+            trouble.absent = what == 'connect' and is_absence(error)
+            raise trouble from error
         self.used = False
         self.pipelining = self.smtp.has_extn('pipelining')
 
@@ -2014,7 +2024,8 @@ class Courier:
             self.used = True
         except Trouble as trouble:
             self.close()
-            report.give_up(str(trouble), trouble=bool(report.open))
+            report.trouble = trouble if report.open else None
+            report.give_up(str(trouble))
         except Exception as error:
             self.close()
             if not isinstance(error, OSError):
@@ -2205,6 +2216,7 @@ class Courier:
 
 # --- Relay: when each mail is tried, and what a failure means ----------------
 
+FOREVER = float('inf')
 LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
 BACKLOG = 8                 # mails that wait per connection before one more
@@ -2225,6 +2237,7 @@ class Lane:
         self.proven = self.closed = False       # proven: the server works
         self.in_trouble = False
         self.held_until = 0.0       # no try before
+        self.knock_at = FOREVER     # when to look whether it is back
         self.failures, self.problem = 0, ''
 
     def put(self, id, first=False):
@@ -2282,7 +2295,7 @@ class Lane:
     def release(self):
         """Its mail may be tried; the caller gives it a worker."""
         with self.changed:
-            self.held_until = 0.0
+            self.held_until, self.knock_at = 0.0, FOREVER
 
     def remove(self, id):
         """Whether id was here; now it is not."""
@@ -2392,8 +2405,8 @@ class Relay:
     def next_look(self):
         """When something may be due."""
         looks = [self.last_look + self.settings.config.sleeptime]
-        looks += [lane.held_until for lane in self.lanes.values()
-                  if lane.held_until]
+        looks += [min(lane.held_until, lane.knock_at)
+                  for lane in self.lanes.values() if lane.held_until]
         looks += [when for when, _ in self.later[:1]]
         return min(looks)
 
@@ -2424,6 +2437,10 @@ class Relay:
             if lane.held_until and lane.held_until <= now:
                 lane.release()
                 self.staff(lane)
+            elif lane.knock_at <= now:
+                lane.knock_at = FOREVER         # until we know
+                if not self.in_background(lane, self.knock):
+                    self.knocked(lane, False)
 
     def begin(self, settings, handlers):
         """All over: everything on disk, parked or not."""
@@ -2535,17 +2552,46 @@ class Relay:
         """Gives a lane the threads that it needs."""
         while not lane.held_until and not self.stopping.is_set() and (
                 lane.wants_worker()):
-            try:
-                threading.Thread(target=self.work, args=(lane,), daemon=True,
-                                 name='relay-' + lane.account.server).start()
-            except RuntimeError as error:
-                log.error('no thread for %s: %s; tried again later',
-                          lane.account.server, error)
+            if not self.in_background(lane, self.work):
                 lane.leave()
                 lane.held_until = self.clock() + self.back_off(1)
                 lane.problem = 'no thread'
 
+    @staticmethod
+    def in_background(lane, task):
+        """Calls task(lane) in a thread; False if there is none to be had."""
+        try:
+            threading.Thread(target=task, args=(lane,), daemon=True,
+                             name='relay-' + lane.account.server).start()
+            return True
+        except RuntimeError as error:
+            log.error('no thread for %s: %s; tried again later',
+                      lane.account.server, error)
+            return False
+
+    def knocked(self, lane, is_there):
+        """What knock() found out."""
+        if is_there:
+            log.info('%s is there again: %d mails are tried now',
+                     lane.account.server, len(lane.ready))
+            lane.release()
+            self.staff(lane)
+        elif lane.held_until:
+            lane.knock_at = self.clock() + self.settings.config.sleeptime
+
     # In a lane's thread.
+
+    def knock(self, lane):
+        """Is there a way to a server again that was absent? So mail goes soon
+        after the internet is back, however long the next try is away."""
+        try:
+            socket.create_connection((
+                lane.account.smtphost, lane.account.smtpport),
+                CONNECT_TIME).close()
+            is_there = True
+        except (OSError, ValueError, LookupError):
+            is_there = False
+        self.inbox.put(functools.partial(self.knocked, lane, is_there))
 
     def work(self, lane):
         """The life of a lane's thread."""
@@ -2664,6 +2710,8 @@ class Relay:
         lane.failures = max(lane.failures, mail.tries) + 1
         wait = self.back_off(lane.failures)
         lane.held_until = self.clock() + wait
+        if report.trouble.absent:
+            lane.knock_at = self.clock() + self.settings.config.sleeptime
         lane.problem = mail.problem = next(iter(report.later.values()))
         mail.tries, mail.due = lane.failures, time.time() + wait
         mail.handled, mail.parked = True, False

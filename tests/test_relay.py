@@ -1,7 +1,9 @@
 """Relay: when each mail is tried, and what a failure means. Time is a Clock
 that the tests move; servers are real sockets that follow a script."""
+import errno
 import os
 import shutil
+import socket
 import threading
 import time
 import unittest
@@ -305,6 +307,45 @@ class Restarted(RelayCase):
         self.assertDelivered([B], 2)
         self.assertGone()
         self.assertEqual([[A], [B]], [m.to for m in self.upstream.mails])
+
+
+class Absent(RelayCase):
+    """A server that nobody can reach, or that says no."""
+
+    def tried_in_vain(self, tries):
+        """A mail that was tried so often; the next try is far away."""
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        self.advance_until(lambda: self.spool.load(id).tries >= tries, 10)
+        return id
+
+    def test_mail_goes_soon_after_the_way_to_a_server_is_back(self):
+        for error in (ConnectionRefusedError(errno.ECONNREFUSED, 'refused'),
+                      OSError(errno.ENETUNREACH, 'Network is unreachable'),
+                      OSError(errno.EHOSTUNREACH, 'No route to host'),
+                      socket.gaierror(socket.EAI_AGAIN, 'try again')):
+            with self.subTest(error):
+                with mock.patch('socket.create_connection',
+                                side_effect=error):
+                    id = self.tried_in_vain(5)
+                back = self.clock.now
+
+                self.advance_until(lambda: not self.spool.load(id), 10)
+
+                self.assertLess(self.clock.now - back, 30)
+                self.assertLogged('INFO', 'is there again')
+                self.clear()
+
+    def test_a_server_that_says_no_is_left_in_peace(self):
+        self.upstream.script = {'': '421 4.3.2 busy'}
+        self.tried_in_vain(4)
+        before = self.upstream.connections
+
+        for _ in range(6):
+            self.advance(10)            # the next try is 80 seconds away
+            wait_until(self.at_rest)
+
+        self.assertEqual(before, self.upstream.connections)
 
 
 class OneAccountAndAnother(RelayCase):
