@@ -655,7 +655,7 @@ END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
-PUSH = 4 << 20                  # bytes of a large mail that are held back
+PUSH = 4 << 20                  # bytes of a large mail between two pushes
 
 
 class Mail:
@@ -1319,8 +1319,9 @@ class Incoming(smtps.Receiver):
                  self.client.hello or 'gave no name')
         try:
             self.intake.announce(self.id, self.sender)
-        finally:                # now a scan may see it; before, it would be
-            self.intake.spool.drafts.discard(self.id)   # in the relay twice
+        finally:
+            # Now a scan may see it: earlier the relay might take it twice.
+            self.intake.spool.drafts.discard(self.id)
         return '2.0.0 accepted as ' + self.id
 
     def abort(self):
@@ -2571,12 +2572,14 @@ class Relay:
 
     def knocked(self, lane, is_there):
         """What knock() found out."""
+        if not lane.held_until:
+            return                      # somebody asked for a try meanwhile
         if is_there:
             log.info('%s is there again: %d mails are tried now',
                      lane.account.server, len(lane.ready))
             lane.release()
             self.staff(lane)
-        elif lane.held_until:
+        else:
             lane.knock_at = self.clock() + self.settings.config.sleeptime
 
     # In a lane's thread.

@@ -296,6 +296,15 @@ class Bench:
                 yield proxy, arrivals
 
 
+def journal_commits(folder):
+    """How many the journal under folder has made, None if there is none."""
+    device = os.stat(folder).st_dev
+    name = os.path.basename(os.path.realpath(
+        '/sys/dev/block/%d:%d' % (os.major(device), os.minor(device))))
+    for path in glob.glob('/proc/fs/jbd2/%s-*/info' % name):
+        return int(read(path).split()[0])
+
+
 def hand_in(client, *content):
     """One mail; returns when its 250 is there."""
     client.mail(SENDER.decode())
@@ -312,16 +321,20 @@ def hand_in(client, *content):
 
 def accept(bench):
     """mails safe on disk at the 250; 1, 8, 32 clients, new or kept
-    connections"""
+    connections; the commits of ext4's journal that a mail costs"""
     figures, sent = {}, 0
     with bench.proxy(sleeptime=3600) as proxy:
         for clients in 1, 8, 32:
             for way in 'new', 'kept':
                 count = bench.mails // (3 if clients == 1 else 1)
+                before = journal_commits(bench.folder)
                 rate = bench.load(proxy, clients, count, way == 'kept')
                 sent += count
                 bench.wait('all in msgs/', lambda: proxy.queued() == sent)
                 figures['%d, %s, mails/s' % (clients, way)] = rate
+                if before is not None:
+                    figures['%d, %s, commits' % (clients, way)] = (
+                        journal_commits(bench.folder) - before) / count
         figures['CPU ms a mail'] = proxy.cpu() / sent
     return figures
 
@@ -428,7 +441,8 @@ def calls(bench):
     """system calls of a mail from client to server, by strace"""
     if not shutil.which('strace'):
         raise Skipped('strace is not installed')
-    names = 'fsync', 'fdatasync', 'write', 'openat', 'unlink', 'rename'
+    names = ('fsync', 'fdatasync', 'write', 'openat', 'unlink', 'rename',
+             'fadvise64')
     trace = os.path.join(bench.folder, 'trace')
     with bench.relaying() as (proxy, arrivals):
         with running(['strace', '-fqqo', trace, '-e', ','.join(names), '-p',
