@@ -810,9 +810,9 @@ class Draft:
 
     def __init__(self, spool, id, kind, frm, to, parameters=None, first=b''):
         self.spool, self.id, self.path = spool, id, spool.path(id, kind)
-        options = ''.join(
+        options = ''.join([
             ' %s%s' % (key, '=' + parameters[key] if parameters[key] else '')
-            for key in ('BODY', 'SMTPUTF8') if key in (parameters or ()))
+            for key in ('BODY', 'SMTPUTF8') if key in (parameters or ())])
         lines = ['MAIL FROM:<%s>%s' % (frm, options)]
         lines += ['RCPT TO:<%s>' % address for address in to]
         self.pending = first + ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
@@ -921,7 +921,7 @@ class Spool:
 
     def __init__(self, folder, clock=time.monotonic):
         self.folder, self.clock = folder, clock
-        self.lock = None
+        self.lock = self.place = None       # a descriptor, its os.fstat()
         self.epoch = time.time() - clock()
         self.sequence = int.from_bytes(os.urandom(2), 'big')
         self.counting = threading.Lock()    # guards sequence and names
@@ -934,7 +934,7 @@ class Spool:
         self.first_own = ''                 # older ids were found at start
 
     def path(self, id, kind):
-        return os.path.join(self.folder, '%s.%s' % (id, kind))
+        return '%s/%s.%s' % (self.folder, id, kind)
 
     # Who may work here.
 
@@ -954,7 +954,7 @@ class Spool:
                     os.close(lock)
                     raise Busy(self.folder)
                 time.sleep(0.05)
-        self.lock = lock
+        self.lock, self.place = lock, os.fstat(lock)
 
     @staticmethod
     def make_folder(path):
@@ -971,9 +971,9 @@ class Spool:
     def is_there(self):
         """Is it still the folder that we have locked? A disk may be away."""
         try:
-            return os.path.samestat(os.stat(self.folder), os.fstat(
-                self.lock))
-        except (OSError, TypeError):
+            return self.lock is not None and os.path.samestat(
+                os.stat(self.folder), self.place)
+        except OSError:
             return False
 
     # Time and ids.
@@ -1219,6 +1219,7 @@ class Spool:
 MISSING = re.compile(rb'^(date|message-id|from|received)[ \t]*:',
                      re.IGNORECASE | re.MULTILINE)
 HEADER = re.compile(rb'(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*')
+UNUSUAL = re.compile(r'[^A-Za-z0-9_.:\[\]-]')      # in a client's name
 HEADER_LIMIT = 512 * 1024       # bytes
 HOPS = 100                      # RFC 5321 6.3
 
@@ -1226,14 +1227,14 @@ HOPS = 100                      # RFC 5321 6.3
 class Intake(smtps.Session):
     """May this client send as this one? Then its mail goes to the spool.
 
-    announce(id, sender) is called when a mail is safe; any_sender: a handler
+    relay: who gets a mail once it is safe, the Relay; any_sender: a handler
     may still change who it is from, so nobody is refused."""
 
     told = set()        # unknown senders whose ini block is in the log
 
-    def __init__(self, client, spool, settings, announce, any_sender):
+    def __init__(self, client, spool, settings, relay, any_sender):
         super().__init__(client)
-        self.spool, self.settings, self.announce = spool, settings, announce
+        self.spool, self.settings, self.relay = spool, settings, relay
         self.any_sender, self.signed_in_as = any_sender, None
 
     def auth(self, user, password):
@@ -1313,12 +1314,14 @@ class Incoming(smtps.Receiver):
         self.store(self.draft.commit)
 
     def accepted(self):
-        log.info('%s: accepted from <%s> to %s, %d bytes, client %s (%s)',
+        relay = self.intake.relay
+        log.info('%s: accepted from <%s> to %s, %d bytes, client %s (%s)%s',
                  self.id, self.sender, listed(self.recipients),
                  self.draft.size, self.client,
-                 self.client.hello or 'gave no name')
+                 self.client.hello or 'gave no name',
+                 relay.outlook(self.sender))
         try:
-            self.intake.announce(self.id, self.sender)
+            relay.announce(self.id, self.sender)
         finally:
             # Now a scan may see it: earlier the relay might take it twice.
             self.intake.spool.drafts.discard(self.id)
@@ -1341,7 +1344,7 @@ class Incoming(smtps.Receiver):
     def complete_header(self, all_is_there):
         """What may be written of head: nothing while the header goes on.
         Raises Refused."""
-        if re.match(rb'>?From ', self.head):        # of a mailbox file
+        if self.head.startswith((b'From ', b'>From ')):     # of a mailbox
             self.head = self.head.partition(b'\r\n')[2]
         end = HEADER.match(self.head).end()
         rest = self.head[end:]
@@ -1363,9 +1366,9 @@ class Incoming(smtps.Receiver):
                       'Received lines; from <%s>, client %s', self.id, HOPS,
                       self.sender, self.client)
             raise smtps.Refused(554, '5.4.6 mail loop')
-        now = time.strftime('%a, %d %b %Y %H:%M:%S +0000', time.gmtime())
+        now = mail_date(int(time.time()))
         client = self.client
-        hello = re.sub(r'[^A-Za-z0-9_.:\[\]-]', '?', client.hello or '')
+        hello = UNUSUAL.sub('?', client.hello or '')
         fields = ['Received: from %s ([%s%s])' % (
             hello[:64] or 'unknown', 'IPv6:' if ':' in client.address else '',
             client.address), '\tby %s with %s id %s;' % (
@@ -1387,9 +1390,15 @@ class Incoming(smtps.Receiver):
             'ESMTP' + 'S' * client.secure + 'A' * (client.user is not None))
 
 
+@functools.lru_cache(1)
+def mail_date(second):
+    """RFC 5322 3.3, of a time as int."""
+    return time.strftime('%a, %d %b %Y %H:%M:%S +0000', time.gmtime(second))
+
+
 def listed(addresses):
     """Recipients for a log line."""
-    shown = ', '.join('<%s>' % a for a in addresses[:5])
+    shown = '<%s>' % '>, <'.join(addresses[:5])
     return shown + (' and %d more' % (len(addresses) - 5)
                     if len(addresses) > 5 else '')
 
@@ -2293,6 +2302,11 @@ class Lane:
             self.workers += 1
             return True
 
+    def outlook(self):
+        """Why a mail that comes now has to wait."""
+        return 'waits with %d more for %s: %s' % (
+            len(self.ready), self.account.server, self.problem)
+
     def release(self):
         """Its mail may be tried; the caller gives it a worker."""
         with self.changed:
@@ -2344,15 +2358,23 @@ class Relay:
 
     # For other threads.
 
+    def outlook(self, sender):
+        """The end of a new mail's log line: that it has to wait, or ''."""
+        lane = self.lane_of(sender)
+        return '; it ' + lane.outlook() if lane and lane.held_until else ''
+
+    def lane_of(self, sender):
+        """The Lane of a new mail, None if that has to be found out."""
+        return None if self.handlers.enabled else self.lanes.get(
+            self.settings.account_for(sender))
+
     def announce(self, id, sender):
         """A mail is safe on disk. Where a lane is at work already it goes
         there at once, which spares two changes of threads."""
-        lane = None if self.handlers.enabled else self.lanes.get(
-            self.settings.account_for(sender))
+        lane = self.lane_of(sender)
         if lane:
             self.waiting[id] = None
             if lane.join(id):
-                self.explain_wait(id, lane)
                 return
             self.waiting.pop(id, None)
         self.inbox.put(functools.partial(self.route, id, sender))
@@ -2483,16 +2505,10 @@ class Relay:
         if lane is None:
             lane = self.lanes[account] = Lane(account, self.clock)
         self.waiting[id] = None
+        if lane.held_until and not self.unrouted:
+            log.info('%s: it %s', id, lane.outlook())
         lane.put(id)
-        if not self.unrouted:
-            self.explain_wait(id, lane)
         self.staff(lane)
-
-    @staticmethod
-    def explain_wait(id, lane):
-        if lane.held_until:
-            log.info('%s: waits with %d more for %s: %s', id,
-                     len(lane.ready) - 1, lane.account.server, lane.problem)
 
     def route_found(self, id):
         """A mail that was listed a while ago may be delivered by now."""
@@ -2898,7 +2914,7 @@ class Proxy:
             str(sock.getsockname()[1]) for sock in self.server.listeners}))
 
     def make_session(self, client):
-        return Intake(client, self.spool, self.settings, self.relay.announce,
+        return Intake(client, self.spool, self.settings, self.relay,
                       bool(self.handlers.enabled))
 
     def listen(self, host, port, tls=False):

@@ -280,8 +280,11 @@ PATH = re.compile(r'''
          (?P<bracketed> (?: "(?:[^"\\]|\\.)*" | [^<>"] )* ) >
        | (?P<bare> \S+ ) )
     (?P<parameters> (?: \s .* )? ) $''', re.VERBOSE | re.DOTALL)
-UNFIT = re.compile(r'[\x00-\x20\x7f<>]')
-QUOTED = re.compile(r'^"(?:[^"\\]|\\.)*"(?=@|$)')
+ADDRESS = re.compile(r'''
+    (?: " (?: [^"\\\x00-\x1f\x7f] | \\[^\x00-\x1f\x7f] )* " (?=@|$) )?
+    [^\x00-\x20\x7f<>]* \Z''', re.VERBOSE)
+SURROGATE = re.compile('[\ud800-\udfff]')           # was not UTF-8
+SIZE, BODY = re.compile(r'[0-9]{0,20}$'), re.compile(r'[A-Za-z0-9]*$')
 
 
 def parse_path(text, status):
@@ -291,25 +294,26 @@ def parse_path(text, status):
     if not match:
         raise Refused(501, status + ' give the address as <user@domain>')
     address = match['bare'] or match['bracketed'].strip()
-    if re.search('[\ud800-\udfff]', address):
+    if SURROGATE.search(address):
         raise Refused(553, '5.6.7 the address is neither ASCII nor UTF-8')
-    if UNFIT.search(QUOTED.sub('', address)) or re.search(
-            r'[\x00-\x1f\x7f]', address):
+    if not ADDRESS.match(address):
         raise Refused(501, status + ' no such characters in an address')
-    return address, parse_parameters(match['parameters'])
+    words = match['parameters'].split()
+    return address, parse_parameters(words) if words else {}
 
 
-def parse_parameters(text):
-    """{'SIZE': '1', 'SMTPUTF8': ''} of 'SIZE=1 SMTPUTF8'; raises Refused."""
+def parse_parameters(words):
+    """{'SIZE': '1', 'SMTPUTF8': ''} of ['SIZE=1', 'SMTPUTF8']; raises
+    Refused."""
     parameters = {}
-    for word in text.split():
+    for word in words:
         keyword, _, value = word.partition('=')
         if keyword.upper() not in PARAMETERS:
             raise Refused(555, '5.5.4 unknown parameter ' + printable(word))
         parameters[keyword.upper()] = value
-    if not re.match(r'\d{0,20}$', parameters.get('SIZE', '')):
+    if not SIZE.match(parameters.get('SIZE', '')):
         raise Refused(501, '5.5.4 SIZE takes a number')
-    if not re.match(r'[A-Z0-9]*$', parameters.get('BODY', ''), re.I | re.A):
+    if not BODY.match(parameters.get('BODY', '')):
         raise Refused(501, '5.5.4 BODY takes a word')
     return parameters
 
@@ -387,7 +391,8 @@ class Connection:
         """One command and its reply."""
         verb = None
         try:
-            verb, argument = yield from self.read_command()
+            line = yield from self.read_line(COMMAND_LINE)
+            verb, argument = self.parse_command(line)
             waiting = getattr(self, 'do_' + verb)(argument)
             if waiting is not None:
                 yield from waiting
@@ -408,18 +413,17 @@ class Connection:
         if self.errors > ERRORS:
             raise Goodbye('4.7.0 too many errors')
 
-    def read_command(self):
-        line = yield from self.read_line(COMMAND_LINE)
+    def parse_command(self, line):
         verb, argument = (line.split(None, 1) + ['', ''])[:2]
         verb = verb.upper()
         if log.isEnabledFor(logging.DEBUG):
             log.debug('%s: %s', self.client, 'AUTH ...' if verb == 'AUTH'
                       else printable(verb) + ' ' + ascii(argument)[1:-1])
+        if verb in VERBS:
+            return verb, argument.strip()
         if verb in WEB:
             raise Gone('speaks HTTP, this is for mail', logging.WARNING)
-        if verb not in VERBS:
-            raise Refused(500, '5.5.2 unknown command ' + printable(verb))
-        return verb, argument.strip()
+        raise Refused(500, '5.5.2 unknown command ' + printable(verb))
 
     # Bytes in and out.
 
@@ -442,7 +446,10 @@ class Connection:
             yield from self.flush()
         if not (self.want_read and self.sock.pending()):
             yield READ
-        data = yield from self.attempt(READ, self.sock.recv, CHUNK)
+        data = self.attempt(READ, self.sock.recv, CHUNK)
+        while self.blocked:
+            yield self.blocked
+            data = self.attempt(READ, self.sock.recv, CHUNK)
         if not data:
             raise Gone('closed the connection')
         return data
@@ -451,21 +458,26 @@ class Connection:
         """Sends all replies of a batch at once (RFC 2920)."""
         out, self.replies = b''.join(self.replies), []
         while out:
-            out = out[(yield from self.attempt(WRITE, self.sock.send, out)):]
+            sent = self.attempt(WRITE, self.sock.send, out)
+            if self.blocked:
+                yield self.blocked
+            else:
+                out = out[sent:]
 
-    def attempt(self, blocked, call, *arguments):
-        """Calls a socket method until it need not wait. Raises Gone."""
-        while True:
-            try:
-                return call(*arguments)
-            except BlockingIOError:
-                yield blocked
-            except self.want_read:
-                yield READ
-            except self.want_write:
-                yield WRITE
-            except OSError as error:
-                raise Gone('connection lost: %s' % error)
+    def attempt(self, usual, call, *arguments):
+        """What a socket method returns. If it has to wait, self.blocked says
+        what for, usual or what TLS asks for; else it is None. Raises Gone."""
+        self.blocked = None
+        try:
+            return call(*arguments)
+        except BlockingIOError:
+            self.blocked = usual
+        except self.want_read:
+            self.blocked = READ
+        except self.want_write:
+            self.blocked = WRITE
+        except OSError as error:
+            raise Gone('connection lost: %s' % error)
 
     def reply(self, code, *lines):
         for line in lines[:-1]:
@@ -497,9 +509,11 @@ class Connection:
             self.want_read = ssl.SSLWantReadError
             self.want_write = ssl.SSLWantWriteError
             yield AWAY
-            for want in self.attempt(READ, self.sock.do_handshake):
-                yield want
+            self.attempt(READ, self.sock.do_handshake)
+            while self.blocked:
+                yield self.blocked
                 yield AWAY
+                self.attempt(READ, self.sock.do_handshake)
         except (OSError, ValueError, Gone) as error:
             raise Gone('no TLS with this client: %s' % error,
                        logging.WARNING if 'SSL' in str(error)
@@ -585,7 +599,8 @@ class Connection:
         self.reply(354, 'end with <CRLF>.<CRLF>')
         reader, last_step = DataReader(), SYNC
         try:
-            reader.feed(self.input)
+            if self.input:
+                reader.feed(self.input)
             while reader.rest is None:
                 if reader.amount >= CHUNK:
                     receiver.write(self.next_piece(reader))

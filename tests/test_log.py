@@ -253,6 +253,14 @@ class Journey(ProxyCase):
             self.assertEqual(1, self.log().count(
                 'INFO %s: %s ' % (id, step)), step)
 
+    def test_a_mail_that_has_to_wait_says_so_in_its_first_line(self):
+        self.upstream.script = {'': '421 4.3.2 busy'}
+        self.start()
+        self.assertLogged(self.submit(), 'try 1, the next one in')
+
+        self.assertLogged(self.submit(), 'accepted from', 'it waits with',
+                          '421 4.3.2 busy')
+
     def test_a_client_cannot_write_into_the_log(self):
         self.start()
         client = self.client()
