@@ -1315,12 +1315,12 @@ class Incoming(smtps.Receiver):
 
     def accepted(self):
         relay = self.intake.relay
-        log.info('%s: accepted from <%s> to %s, %d bytes, client %s (%s)%s',
-                 self.id, self.sender, listed(self.recipients),
-                 self.draft.size, self.client,
-                 self.client.hello or 'gave no name',
-                 relay.outlook(self.sender))
         try:
+            log.info('%s: accepted from <%s> to %s, %d bytes, client %s (%s)'
+                     '%s', self.id, self.sender, listed(self.recipients),
+                     self.draft.size, self.client,
+                     self.client.hello or 'gave no name',
+                     relay.outlook(self.sender))
             relay.announce(self.id, self.sender)
         finally:
             # Now a scan may see it: earlier the relay might take it twice.
@@ -2247,6 +2247,7 @@ class Lane:
         self.proven = self.closed = False       # proven: the server works
         self.in_trouble = False
         self.held_until = 0.0       # no try before
+        self.absent = False         # its server could not be reached
         self.knock_at = FOREVER     # when to look whether it is back
         self.failures, self.problem = 0, ''
 
@@ -2311,6 +2312,7 @@ class Lane:
         """Its mail may be tried; the caller gives it a worker."""
         with self.changed:
             self.held_until, self.knock_at = 0.0, FOREVER
+            self.absent = False
 
     def remove(self, id):
         """Whether id was here; now it is not."""
@@ -2472,10 +2474,10 @@ class Relay:
         freed = {id for _, id in self.later}
         for account, lane in list(self.lanes.items()):
             if account not in settings.accounts.values():
-                self.lanes.pop(account).close()     # before it is emptied:
-            freed.update(lane.empty())              # now nobody joins
+                self.lanes.pop(account).close()
+            lane.release()              # both before it is emptied: nobody
+            freed.update(lane.empty())  # joins an idle lane from here on
             lane.failures = 0
-            lane.release()
         self.later.clear()
         for id in freed:
             self.waiting.pop(id, None)
@@ -2588,7 +2590,7 @@ class Relay:
 
     def knocked(self, lane, is_there):
         """What knock() found out."""
-        if not lane.held_until:
+        if not lane.absent:
             return                      # somebody asked for a try meanwhile
         if is_there:
             log.info('%s is there again: %d mails are tried now',
@@ -2729,7 +2731,8 @@ class Relay:
         lane.failures = max(lane.failures, mail.tries) + 1
         wait = self.back_off(lane.failures)
         lane.held_until = self.clock() + wait
-        if report.trouble.absent:
+        lane.absent = report.trouble.absent
+        if lane.absent:
             lane.knock_at = self.clock() + self.settings.config.sleeptime
         lane.problem = mail.problem = next(iter(report.later.values()))
         mail.tries, mail.due = lane.failures, time.time() + wait

@@ -456,6 +456,22 @@ class OneAccountAndAnother(RelayCase):
         self.assertSpooled(1)
         self.assertNotIn(bad, good)
 
+    def test_an_old_knock_says_nothing_about_a_server_that_answers(self):
+        for is_there in True, False:
+            with self.subTest(is_there):
+                self.two({'': '421 4.3.2 busy'})
+                self.tried(self.put(), 1)
+                lane = self.relay.lane_of(SENDER)
+
+                self.relay.inbox.put(
+                    lambda: self.relay.knocked(lane, is_there))
+                self.advance(1)
+
+                self.assertGreater(lane.held_until, self.clock())
+                self.assertEqual(smtpproxy.FOREVER, lane.knock_at)
+                self.clear()
+                self.upstream = self.serve(FakeSMTP(clock=self.clock))
+
     def test_new_mail_joins_those_that_wait(self):
         self.two({'': '421 4.3.2 busy'})
         self.assertEqual('', self.relay.outlook(SENDER))
