@@ -872,13 +872,12 @@ class Draft:
         """Leaves nothing behind, as far as the disk lets us."""
         file, self.file, self.pending = self.file, None, b''
         self.spool.fresh.pop(self.id, None)
-        if file is not None:
-            os.close(file)
-        if self.number:
-            try:
+        with contextlib.suppress(OSError):
+            if file is not None:
+                os.close(file)
+        with contextlib.suppress(OSError):      # swept at the next start
+            if self.number:
                 os.unlink(self.path)
-            except OSError:
-                pass                    # swept at the next start
 
 
 class Busy(Exception):

@@ -12,7 +12,7 @@ import smtpproxy
 
 TOP = os.path.dirname(os.path.abspath(smtpproxy.__file__))
 CODE = ('smtpproxy.py', 'smtps.py', 'MailHandler.py')
-CEILINGS = {'smtpproxy.py': 3475, 'smtps.py': 1085}      # lines
+CEILINGS = {'smtpproxy.py': 3473, 'smtps.py': 1081}      # lines
 LONGEST, MEDIAN = 45, 10        # lines of a function
 SHAPES = {'config': smtpproxy.Config, 'logging': smtpproxy.Logging,
           'account': smtpproxy.Account}
