@@ -134,10 +134,22 @@ class Account(NamedTuple):
     def server(self):
         return '%s:%d' % (self.smtphost, self.smtpport)
 
+    @property
+    def connection(self):
+        """This Account without what a connection does not need: accounts
+        that differ only in how a mail is dressed have the same."""
+        return connection_of(self)
+
     def __repr__(self):
         return 'Account(%s)' % ', '.join(
             '%s=%s' % (key, masked(key, value))
             for key, value in self._asdict().items())
+
+
+@functools.lru_cache(1000)      # asked for each mail
+def connection_of(account):
+    return account._replace(returnpath='', replyto='', forcefrom='',
+                            localpassword='', use='')
 
 
 class Settings(NamedTuple):
@@ -985,6 +997,10 @@ class Spool:
         """Seconds that a mail has been here with a service running."""
         return self.now() - int(id[:8], 16)
 
+    def is_older(self, id, days):
+        """Has it been here for so many days?"""
+        return self.age(id) >= days * 86400
+
     def new_id(self):
         with self.counting:
             self.sequence = (self.sequence + 1) % 0x100000
@@ -1315,12 +1331,12 @@ class Incoming(smtps.Receiver):
     def accepted(self):
         relay = self.intake.relay
         try:
-            log.info('%s: accepted from <%s> to %s, %d bytes, client %s (%s)'
-                     '%s', self.id, self.sender, listed(self.recipients),
-                     self.draft.size, self.client,
-                     self.client.hello or 'gave no name',
-                     relay.outlook(self.sender))
-            relay.announce(self.id, self.sender)
+            relay.announce(
+                self.id, self.sender, '%s: accepted from <%s> to %s, %d bytes,'
+                ' client %s (%s)' % (
+                    self.id, self.sender, listed(self.recipients),
+                    self.draft.size, self.client,
+                    self.client.hello or 'gave no name'))
         finally:
             # Now a scan may see it: earlier the relay might take it twice.
             self.intake.spool.drafts.discard(self.id)
@@ -2223,307 +2239,479 @@ class Courier:
         smtp.close()
 
 
+# TEMPORARY until the new Courier is merged
+AccountUnavailable = Trouble
+smtps.Report = Report
+OldCourier = Courier
+
+
+class SignIn:
+    def __init__(self, account, clock):
+        self.clock = clock
+        self.pop_login = -LONGEST_WAIT * 24.0
+        self.pop_lock = threading.Lock()
+
+
+class Courier(OldCourier):
+    own = None
+
+    def deliver(self, mail, account, following):
+        own = self.account
+        if self.own and self.own is not mail: pass
+        self.account = account
+        def nxt():
+            f = following()
+            self._up = f
+            return f and f[0]
+        try:
+            report = OldCourier.deliver(self, mail, nxt)
+        finally:
+            self.account = own
+        if report.trouble:
+            raise report.trouble
+        self.upcoming = self._up if self.upcoming else None
+        return report
+
+    _up = None
+
+    def look(self):
+        try:
+            socket.create_connection((self.account.smtphost, self.account.smtpport), CONNECT_TIME).close()
+        except OSError as error:
+            trouble = Trouble('connect: ' + explain(error, self.account.server))
+            trouble.absent = True
+            raise trouble
+
+
 # --- Relay: when each mail is tried, and what a failure means ----------------
 
-FOREVER = float('inf')
 LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
 BACKLOG = 8                 # mails that wait per connection before one more
 
 
-class Lane:
-    """The mails that may go to one account now, and the threads that take
-    them there."""
+class MailQueue:
+    """Mails, by their ids, that wait for a thread to take them.
 
-    def __init__(self, account, clock):
-        self.account, self.clock = account, clock
-        self.pop_login = -LONGEST_WAIT * 24.0
-        self.pop_lock = threading.Lock()    # one POP login at a time
-        self.changed = threading.Condition()    # guards the next seven
-        self.ready = collections.deque()        # ids
-        self.workers = 0
-        self.limit = account.smtpconnections
-        self.proven = self.closed = False       # proven: the server works
-        self.in_trouble = False
-        self.held_until = 0.0       # no try before
-        self.absent = False         # its server could not be reached
-        self.knock_at = FOREVER     # when to look whether it is back
-        self.failures, self.problem = 0, ''
+    The invariant of the relay: an id is in one queue's `due`, or in one
+    thread's hands, which `in_hand` of that queue tells. Whoever has an id in
+    hand gives it back, says that it is done, or hands it over to another
+    queue. A mail that is parked, or still being received, is in no queue.
 
-    def put(self, id, first=False):
+    `changed` guards all of it, and what Destination adds: nobody writes any of
+    it without. It is notified when a thread may have something to do.
+    """
+
+    def __init__(self, clock):
+        self.clock = clock
+        self.changed = threading.Condition()
+        self.due = {}               # {id: when it may be taken, 0: at once}
+        self.in_hand = {}           # {id: the thread that has it}
+        self.closed = False
+        # Only an index: an id that due does not hold, or holds with a later
+        # time, is passed over.
+        self._ready = collections.deque()       # ids whose time has come
+        self._later = []                        # heap of (when, id)
+
+    def add(self, id, when=0.0):
+        """A mail waits here from now on; when: seconds of clock. Returns
+        False if the queue is closed: then it has to wait elsewhere."""
         with self.changed:
-            (self.ready.appendleft if first else self.ready.append)(id)
-            self.changed.notify()
-
-    def join(self, id):
-        """put(), if somebody is there to take it and need not be helped, or
-        all have to wait."""
-        with self.changed:
-            if self.closed or not self.held_until and (
-                    not self.workers
-                    or self.proven and self.workers < self.limit
-                    and len(self.ready) >= self.workers * BACKLOG):
+            if self.closed:
                 return False
-            self.ready.append(id)
-            self.changed.notify()
+            self._schedule(id, when)
             return True
 
-    def take(self, patience):
-        """The next id, None if there is none within patience seconds: then,
-        unless patience is 0, the worker that asked is let go."""
+    def take(self, patience=0.0):
+        """The next id whose time has come, in the hands of this thread. None
+        if there is none; that takes patience seconds at most, or less: when
+        the queue has changed."""
         with self.changed:
-            if patience and not self.ready and not self.closed:
-                self.changed.wait(patience)
-            if self.ready and not self.closed:
-                return self.ready.popleft()
-            self.workers -= patience > 0
-            if not self.workers:
-                self.limit = self.account.smtpconnections
-            return None
+            if patience > 0 and not self.closed and not self._is_ready():
+                self.changed.wait(min(patience, self._until_next()))
+            if self.closed or not self._is_ready():
+                return None
+            return self._hand_out(self._ready.popleft())
 
-    def leave(self, in_trouble=False):
-        """A worker can't go on; True if it was the last. Then nobody else
-        comes until in_trouble is settled."""
+    def claim(self, id):
+        """Takes one id out of the turn, into the hands of this thread; False
+        if it does not wait here."""
         with self.changed:
-            self.workers -= 1
-            self.in_trouble = in_trouble and not self.workers
-            self.limit = max(1, self.workers)
-            self.proven = self.proven and self.workers > 0
-            return not self.workers
+            return id in self.due and bool(self._hand_out(id))
 
-    def wants_worker(self):
-        """Counts one more in, if the mails that wait are worth it."""
+    def withdraw(self, chosen=lambda id: True):
+        """Takes all that wait here and are chosen (callable(id) -> bool);
+        returns their ids."""
         with self.changed:
-            if self.closed or self.in_trouble or (
-                    self.workers >= self.limit
-                    or len(self.ready) <= self.workers * BACKLOG
-                    or self.workers and not self.proven):
+            return [self._hand_out(id) for id in list(self.due) if chosen(id)]
+
+    def give_back(self, id, when=0.0):
+        """What this thread has in hand waits here again, at the head if it
+        may be taken at once. Returns False if the queue is closed: then it
+        has to wait elsewhere."""
+        with self.changed:
+            self.done(id)
+            if self.closed:
                 return False
-            self.workers += 1
+            self._schedule(id, when, first=True)
             return True
 
-    def outlook(self):
-        """Why a mail that comes now has to wait."""
-        return 'waits with %d more for %s: %s' % (
-            len(self.ready), self.account.server, self.problem)
-
-    def release(self):
-        """Its mail may be tried; the caller gives it a worker."""
+    def mine(self):
+        """The ids that this thread has in hand."""
         with self.changed:
-            self.held_until, self.knock_at = 0.0, FOREVER
-            self.absent = False
+            me = threading.get_ident()
+            return [id for id, thread in self.in_hand.items() if thread == me]
 
-    def remove(self, id):
-        """Whether id was here; now it is not."""
+    def done(self, id):
+        """An id leaves this queue: delivered, parked, deleted, handed over."""
         with self.changed:
-            if id not in self.ready:
-                return False
-            self.ready.remove(id)
-            return True
-
-    def empty(self):
-        """Takes all ids out."""
-        with self.changed:
-            ids, self.ready = self.ready, collections.deque()
-            return ids
+            self.in_hand.pop(id, None)
+            if self.closed:
+                self.changed.notify_all()       # for join()
 
     def close(self):
-        """Its workers end after the mail at hand."""
+        """Nobody takes anything from here any more."""
         with self.changed:
             self.closed = True
             self.changed.notify_all()
 
+    def join(self, seconds):
+        """Waits until no thread has anything in hand; returns the ids that
+        are in hand all the same."""
+        with self.changed:
+            self.changed.wait_for(lambda: not self.in_hand, max(0.0, seconds))
+            return sorted(self.in_hand)
+
+    def __contains__(self, id):
+        with self.changed:
+            return id in self.due or id in self.in_hand
+
+    # With the lock held.
+
+    def _schedule(self, id, when, first=False):
+        self.due[id] = when
+        if when:
+            heapq.heappush(self._later, (when, id))
+        elif first:
+            self._ready.appendleft(id)
+        else:
+            self._ready.append(id)
+        self.changed.notify()
+
+    def _hand_out(self, id):
+        del self.due[id]
+        self.in_hand[id] = threading.get_ident()
+        return id
+
+    def _is_ready(self):
+        """Whether the first of _ready may be taken."""
+        if self._later:
+            self._bring_forward()
+        while self._ready and self.due.get(self._ready[0], 1.0):
+            self._ready.popleft()
+        return bool(self._ready)
+
+    def _bring_forward(self):
+        """From _later to _ready, as time goes by."""
+        now = self.clock()
+        while self._later and self._later[0][0] <= now:
+            when, id = heapq.heappop(self._later)
+            if self.due.get(id) == when:
+                self.due[id] = 0.0
+                self._ready.append(id)
+
+    def _until_next(self):
+        """Seconds until the next id's time has come."""
+        if self._later:
+            return max(0.0, self._later[0][0] - self.clock())
+        return threading.TIMEOUT_MAX
+
+
+class Destination(MailQueue):
+    """One account's way out: its mails and its delivery threads.
+
+    A destination is what a connection needs, not a section of the ini:
+    sections that differ only in how a mail is dressed share one, with its
+    connections, its POP login and its pace.
+
+    Its threads deliver while there is something to deliver. Then the last one
+    sleeps until the next mail's time comes, and ends when there is none. More
+    than one connection is made only while a backlog lasts, and only after the
+    first one has got through. When the account can't be used (`why` says it)
+    nothing is tried before `not_before`.
+    """
+
+    def __init__(self, account, clock, deliver):
+        """account: Account.connection; deliver: callable(Destination), the
+        life of a delivery thread."""
+        super().__init__(clock)
+        self.account, self.deliver = account, deliver
+        self.sign_in = SignIn(account, clock)
+        self.not_before, self.why = 0.0, ''
+        self.absent = False         # nobody was there: see AccountUnavailable
+        self.failures = 0           # of the account, one after the other
+        self._threads = 0
+        self._most_threads = account.smtpconnections
+        self._gets_through = False  # more connections are worth a try
+
+    # For who has mail for it.
+
+    def outlook(self):
+        """Why a mail that comes now has to wait, for its log line, or ''."""
+        if not self.not_before:
+            return ''
+        return '; it waits with %d more for %s: %s' % (
+            len(self.due), self.account.server, self.why)
+
+    def retry(self, id=None):
+        """A mail, or all that wait here, may be tried now, and the account
+        too, whatever it was deferred for."""
+        with self.changed:
+            for one in [id] if id else list(self.due):
+                if one in self.due:
+                    self._schedule(one, 0.0, first=bool(id))
+            self.not_before, self.absent = 0.0, False
+            self.start_threads()
+            self.changed.notify_all()
+
+    def start_threads(self):
+        """As many delivery threads as what waits here is worth."""
+        with self.changed:
+            while self._wants_thread():
+                thread = threading.Thread(
+                    target=self.deliver, args=(self,), daemon=True,
+                    name='relay-' + self.account.server)
+                try:
+                    thread.start()
+                except RuntimeError as error:   # the next round tries again
+                    log.error('no thread for %s: %s; tried again later',
+                              self.account.server, error)
+                    return
+                self._threads += 1
+
+    # For its threads.
+
+    def wait(self):
+        """Sleeps until a mail may be tried. False: there is nothing more to
+        do for this thread, which is not counted any more."""
+        with self.changed:
+            while not self._is_ready():
+                if self.closed or not self.due or self._threads > 1:
+                    self._leave()
+                    return False
+                self.changed.wait(self._until_next())
+            return True
+
+    def succeed(self):
+        """The account's server was there and took our login."""
+        if self._gets_through and not self.failures and not self.why:
+            return                      # the usual case needs no lock
+        with self.changed:
+            self.failures, self.why, self.absent = 0, '', False
+            self._gets_through = True
+            self.start_threads()
+
+    def retire(self, id):
+        """A connection was refused. If others are at work it was one too
+        many: the mail in hand waits for them, this thread is not counted any
+        more. Returns how many others there are."""
+        with self.changed:
+            others = self._threads - 1
+            self._gets_through = bool(others)
+            if not others or not self.give_back(id):
+                return 0
+            self._threads = self._most_threads = others
+            return others
+
+    def defer(self, until, why, absent, failures):
+        """The account can't be used: nothing is tried before until."""
+        with self.changed:
+            self.not_before, self.why, self.absent = until, why, absent
+            self.failures = failures
+
+    # With the lock held.
+
+    def _schedule(self, id, when, first=False):
+        super()._schedule(id, when, first)
+        if self._threads < self._most_threads:
+            self.start_threads()
+
+    def _is_ready(self):
+        if self.not_before:
+            if self.not_before > self.clock():
+                return False
+            self.not_before = 0.0
+        return super()._is_ready()
+
+    def _until_next(self):
+        if self.not_before:
+            return max(0.0, self.not_before - self.clock())
+        return super()._until_next()
+
+    def _wants_thread(self):
+        if not self._threads:
+            return bool(self.due) and not self.closed
+        return (self._gets_through and not self.not_before
+                and not self.closed and self._threads < self._most_threads
+                and len(self._ready) > self._threads * BACKLOG)
+
+    def _leave(self):
+        self._threads -= 1
+        if not self._threads:
+            self._most_threads = self.account.smtpconnections
+            self._gets_through = False
+
 
 class Relay:
-    """One thread that decides for every mail what happens next, and lanes
-    that deliver. What others want decided they put into its inbox. What other
-    threads touch as well needs no lock: waiting and in_flight change by one
-    atomic step, a lane has its own lock."""
+    """Decides for every mail what happens next.
+
+    Its own thread does what needs one thread: it looks at the mails found at
+    start, lets handlers look at new ones, finds each one's destination and
+    serves the owner's requests. A mail that no handler wants to see goes
+    straight to its destination, from the thread that has stored it. The
+    destinations' threads deliver and settle. settings and handlers are
+    replaced as a whole by a reload; a thread that begins with a mail takes
+    the settings of that moment and keeps to them.
+
+    Where is a mail? In `unrouted` (its destination is not known yet), in one
+    destination, or, if it is parked, in none: `queue_of`. Who needs the locks
+    of two queues takes that of `unrouted` first.
+    """
 
     def __init__(self, spool, settings, handlers, clock=time.monotonic):
-        self.spool, self.settings, self.handlers = spool, settings, handlers
-        self.clock = clock
-        self.inbox = queue.SimpleQueue()
-        self.unrouted = collections.deque()     # ids found on disk
-        self.asked = set()          # ids to be tried even if they are parked
-        self.later = []             # heap of (when, id)
-        self.lanes = {}             # Account -> Lane
-        # Ids in lanes or later, or in flight, so that no mail is in two
-        # places. A dict, since a set of 20,000 takes three times its size.
-        self.waiting = {}
-        self.in_flight = set()      # ids in the hands of lanes
-        self.last_look, self.last_errno = clock(), None
-        self.stopping = threading.Event()
-        self.thread = threading.Thread(target=self.run, name='relay',
-                                       daemon=True)
+        self.spool, self.clock = spool, clock
+        self.settings, self.handlers = settings, handlers
+        self.unrouted = MailQueue(clock)
+        self.destinations = {}          # {Account.connection: Destination}
+        self._last_round = clock()
+        self._reloaded = False          # the relay thread has to rescan
+        self._last_errno = None
+        self._thread = threading.Thread(target=self._run, name='relay',
+                                        daemon=True)
 
     # For other threads.
 
-    def outlook(self, sender):
-        """The end of a new mail's log line: that it has to wait, or ''."""
-        lane = self.lane_of(sender)
-        return '; it ' + lane.outlook() if lane and lane.held_until else ''
+    def start(self, found):
+        """found: ids of mails in the spool."""
+        for id in found:
+            self.unrouted.add(id)
+        self._thread.start()
 
-    def lane_of(self, sender):
-        """The Lane of a new mail, None if that has to be found out."""
-        return None if self.handlers.enabled else self.lanes.get(
-            self.settings.account_for(sender))
-
-    def announce(self, id, sender):
-        """A mail is safe on disk. Where a lane is at work already it goes
-        there at once, which spares two changes of threads."""
-        lane = self.lane_of(sender)
-        if lane:
-            self.waiting[id] = None
-            if lane.join(id):
-                return
-            self.waiting.pop(id, None)
-        self.inbox.put(functools.partial(self.route, id, sender))
+    def announce(self, id, sender, line):
+        """A mail is safe on disk. line: what the log says of that; what the
+        mail has to wait for comes behind it."""
+        destination = None
+        if not self.handlers.enabled:
+            destination = self._destination_of(sender)
+        log.info('%s%s', line, destination.outlook() if destination else '')
+        if destination is None or not destination.add(id):
+            self.unrouted.add(id)
 
     def reload(self, settings, handlers):
-        """New settings; all that waits is tried at once."""
-        self.inbox.put(functools.partial(self.begin, settings, handlers))
-
-    def start(self, found):
-        self.unrouted.extend(found)
-        self.thread.start()
+        """New settings; all that waits is tried at once, parked or not."""
+        self.settings, self.handlers = settings, handlers
+        with self.unrouted.changed:
+            self._reloaded = True
+            self.unrouted.changed.notify_all()
 
     def stop(self, grace):
         """Deliveries under way end within grace seconds, or are cut off: at
         worst that is a second copy."""
         end = time.monotonic() + grace
-        self.stopping.set()
-        self.inbox.put(lambda: None)
-        if self.thread.is_alive():          # it may never have started
-            self.thread.join(grace)
-        for lane in list(self.lanes.values()):
-            lane.close()
-        while self.in_flight and time.monotonic() < end:
-            time.sleep(0.01)
-            self.finish_inbox()
-        if self.in_flight:
+        for queue_ in self.queues():
+            queue_.close()
+        if self._thread.is_alive():         # it may never have started
+            self._thread.join(grace)
+        left = [id for queue_ in self.queues()
+                for id in queue_.join(end - time.monotonic())]
+        if left:
             log.warning('stopped during a delivery: %s; it will be tried '
-                        'again', ', '.join(sorted(self.in_flight)))
+                        'again', ', '.join(left))
 
-    def finish_inbox(self):
-        """What lanes reported after the relay's own thread ended."""
-        try:
-            while not self.thread.is_alive():
-                self.inbox.get_nowait()()
-        except queue.Empty:
-            pass
+    def queues(self):
+        """All of them, [MailQueue]."""
+        return [self.unrouted] + list(self.destinations.values())
 
-    # The loop.
-
-    def run(self):
-        while not self.stopping.is_set():
-            try:
-                if self.clock() >= self.next_look():
-                    self.look_round()
-                event = self.next_event()
-                if event:
-                    event()
-            except Exception:
-                log.exception('relay: an error; it goes on with the next mail')
-
-    def next_look(self):
-        """When something may be due."""
-        looks = [self.last_look + self.settings.config.sleeptime]
-        looks += [min(lane.held_until, lane.knock_at)
-                  for lane in self.lanes.values() if lane.held_until]
-        looks += [when for when, _ in self.later[:1]]
-        return min(looks)
-
-    def next_event(self):
-        """What to do next (callable), None if it is time to look round."""
-        try:
-            if not self.unrouted:
-                return self.inbox.get(timeout=max(
-                    0.0, self.next_look() - self.clock()))
-            return self.inbox.get_nowait()
-        except queue.Empty:
-            if self.unrouted:
-                return functools.partial(
-                    self.route_found, self.unrouted.popleft())
+    def queue_of(self, id):
+        """The MailQueue that has this mail, None if it is parked, gone, or
+        being received."""
+        for queue_ in self.queues():
+            if id in queue_:
+                return queue_
         return None
 
-    def look_round(self):
-        """What is due, asked for or left over."""
-        now = self.last_look = self.clock()
+    # The relay's thread.
+
+    def _run(self):
+        while not self.unrouted.closed:
+            try:
+                self._do_next()
+            except Exception:
+                log.exception('relay: an error; it goes on with the next mail')
+                self._let_all_go(self.unrouted)
+
+    def _do_next(self):
+        if self._reloaded:
+            self._reloaded = False
+            self._rescan()
+        next_round = self._last_round + self.settings.config.sleeptime
+        id = self.unrouted.take(max(0.0, next_round - self.clock()))
+        if id:
+            self._route(id)
+        if self.clock() >= next_round:
+            self._make_round()
+
+    def _make_round(self):
+        """What is left over, and what the owner has asked for."""
+        self._last_round = self.clock()
         self.spool.bury()
         for path, id, what in self.spool.asked():
-            self.fulfil(path, id, what)
-        while self.later and self.later[0][0] <= now:
-            _, id = heapq.heappop(self.later)
-            self.waiting.pop(id, None)
-            self.route(id)
-        for lane in self.lanes.values():
-            if lane.held_until and lane.held_until <= now:
-                lane.release()
-                self.staff(lane)
-            elif lane.knock_at <= now:
-                lane.knock_at = FOREVER         # until we know
-                if not self.in_background(lane, self.knock):
-                    self.knocked(lane, False)
+            self._serve_request(path, id, what)
+        for destination in list(self.destinations.values()):
+            destination.start_threads()
 
-    def begin(self, settings, handlers):
-        """All over: everything on disk, parked or not."""
-        self.settings, self.handlers = settings, handlers
-        found = set(self.spool.scan())      # first: if it fails none is lost
-        freed = {id for _, id in self.later}
-        for account, lane in list(self.lanes.items()):
-            if account not in settings.accounts.values():
-                self.lanes.pop(account).close()
-            lane.release()              # both before it is emptied: nobody
-            freed.update(lane.empty())  # joins an idle lane from here on
-            lane.failures = 0
-        self.later.clear()
-        for id in freed:
-            self.waiting.pop(id, None)
-        self.asked = found.difference(self.waiting) | freed
-        self.unrouted = collections.deque(sorted(self.asked))
-
-    # From the spool to a lane.
-
-    def route(self, id, sender=None):
-        """Puts a mail into its account's lane. sender: known already, so
-        that a fresh mail need not be read for it."""
-        if id in self.waiting:
+    def _route(self, id):
+        """Gives a mail that this thread has in hand to its destination."""
+        mail = self._load(id, self.unrouted, bool(self.handlers.enabled))
+        if mail is None:
             return
-        if sender is None or self.handlers.enabled:
-            mail = self.load(id, to_send=bool(self.handlers.enabled))
-            if mail is None or mail.parked and id not in self.asked:
-                return
-            if not mail.handled and not self.handle(mail):
-                return
-            sender = mail.frm
-        self.asked.discard(id)
+        if mail.parked or not self._handle(mail):
+            self.unrouted.done(id)
+            return
+        destination = self._destination_of(mail.frm)
+        if destination is None:
+            self._settle_homeless(mail)
+            return
+        waits = destination.outlook()
+        if waits and not self.unrouted.due:
+            log.info('%s%s', id, waits.replace(';', ':', 1))
+        self._hand_over(id, destination)
+
+    def _hand_over(self, id, destination):
+        """From the hands of this thread."""
+        with self.unrouted.changed:
+            self.unrouted.done(id)
+            if not destination.add(id):         # closed just now
+                self.unrouted.add(id)
+
+    def _destination_of(self, sender):
+        """The Destination of a sender's mail, None without an account."""
         account = self.settings.account_for(sender)
         if account is None:
-            self.settle_homeless(id)
-            return
-        lane = self.lanes.get(account)
-        if lane is None:
-            lane = self.lanes[account] = Lane(account, self.clock)
-        self.waiting[id] = None
-        if lane.held_until and not self.unrouted:
-            log.info('%s: it %s', id, lane.outlook())
-        lane.put(id)
-        self.staff(lane)
+            return None
+        found = self.destinations.get(account.connection)
+        return found or self.destinations.setdefault(
+            account.connection, Destination(
+                account.connection, self.clock, self._deliver_all))
 
-    def route_found(self, id):
-        """A mail that was listed a while ago may be delivered by now."""
-        if os.path.exists(self.spool.path(id, 'mail')):
-            self.route(id)
-
-    def load(self, id, to_send=True):
-        """The Mail, None if it can't be had; that is then dealt with."""
+    def _load(self, id, queue_, to_send=True):
+        """The Mail of an id that this thread has in hand. None if it can't be
+        had: then queue_ has it again, for later, or it is done with."""
         try:
             mail = self.spool.load(id, to_send)
-            self.last_errno = None
-            if mail is None and id not in self.spool.delivered:
-                log.warning('%s: its file is gone, somebody removed it', id)
-            return mail
+            self._last_errno = None
+            if mail:
+                return mail
         except Unfinished as error:
             if id < self.spool.first_own:
                 log.info('%s: %s, so it was never promised; removed', id,
@@ -2535,16 +2723,34 @@ class Relay:
             self.spool.set_aside(id + '.mail', error)
         except OSError as error:
             # Once, if all of msgs/ is away.
-            log.log(logging.DEBUG if error.errno == self.last_errno
+            log.log(logging.DEBUG if error.errno == self._last_errno
                     else logging.ERROR, '%s: cannot be read: %s; it is tried '
                     'again later', id, error)
-            self.last_errno = error.errno
-            self.put_off(id, self.back_off(1))
+            self._last_errno = error.errno
+            self._let_go(id, queue_, self._in_a_while())
+            return None
+        queue_.done(id)
         return None
 
-    def handle(self, mail):
+    def _let_go(self, id, queue_, when=0.0):
+        """Out of the hands of this thread: when: it may be tried again; None:
+        it is done with. If that queue was closed meanwhile, the ini has
+        another way for the mail now."""
+        if when is None:
+            queue_.done(id)
+            return
+        with self.unrouted.changed:
+            if not queue_.give_back(id, when):
+                self.unrouted.add(id, when)
+
+    def _let_all_go(self, queue_):
+        """After an error: all that this thread has in hand, for later."""
+        for id in queue_.mine():
+            self._let_go(id, queue_, self._in_a_while())
+
+    def _handle(self, mail):
         """Runs the handlers, once a mail; False if it does not go on."""
-        if not self.handlers.enabled:
+        if mail.handled or not self.handlers.enabled:
             return True
         try:
             before = mail.frm, list(mail.to), mail.msg
@@ -2563,137 +2769,237 @@ class Relay:
             log.error('%s: handlers cannot be run on it, or what they made '
                       'of it not stored: %r; tried again later', mail.id,
                       error)
-            self.put_off(mail.id, self.back_off(1))
+            self.unrouted.give_back(mail.id, self._in_a_while())
             return False
 
-    def staff(self, lane):
-        """Gives a lane the threads that it needs."""
-        while not lane.held_until and not self.stopping.is_set() and (
-                lane.wants_worker()):
-            if not self.in_background(lane, self.work):
-                lane.leave()
-                lane.held_until = self.clock() + self.back_off(1)
-                lane.problem = 'no thread'
+    def _rescan(self):
+        """After a reload: every mail finds its way anew, and what is parked
+        is tried once more."""
+        found = self.spool.scan()       # first: if it fails nothing is lost
+        known = {account.connection
+                 for account in self.settings.accounts.values()}
+        held = set()
+        for key, destination in list(self.destinations.items()):
+            if key not in known:
+                self.destinations.pop(key).close()
+            with self.unrouted.changed:
+                ids = destination.withdraw()
+                held.update(ids, destination.in_hand)
+                for id in ids:
+                    destination.done(id)
+                    self.unrouted.add(id)
+            destination.retry()
+        for id in found:
+            if id not in held and not self.unrouted.closed:
+                self._revive(id)
 
-    @staticmethod
-    def in_background(lane, task):
-        """Calls task(lane) in a thread; False if there is none to be had."""
+    def _revive(self, id):
+        """A mail that no destination has: if it is parked, it is tried again,
+        and goes on with that after a crash."""
+        self.unrouted.add(id)
+        if not self.unrouted.claim(id):
+            return                      # we are closed
+        mail = self._load(id, self.unrouted, to_send=False)
+        if mail is None:
+            return
+        if mail.parked:
+            mail.parked = False
+            self.spool.save(mail)
+        self.unrouted.give_back(id)
+
+    # The owner's requests. A request's file goes when it has been done, so
+    # that a crash forgets none.
+
+    def _serve_request(self, path, id, what):
+        if id == 'all' and what == 'retry':
+            self._retry_all()
+        elif Spool.ID.fullmatch(id) and not self._serve(id, what):
+            return                          # the next time we look
         try:
-            threading.Thread(target=task, args=(lane,), daemon=True,
-                             name='relay-' + lane.account.server).start()
-            return True
-        except RuntimeError as error:
-            log.error('no thread for %s: %s; tried again later',
-                      lane.account.server, error)
+            os.unlink(path)
+        except OSError as error:
+            log.error('%s cannot be removed: %s', path, error)
+
+    def _retry_all(self):
+        found = self.spool.scan()
+        for destination in list(self.destinations.values()):
+            destination.retry()
+        for id in found:
+            if self.queue_of(id) in (None, self.unrouted):
+                self._revive(id)
+
+    def _serve(self, id, what):
+        """Whether it could be done: a mail that a thread has in hand, or that
+        is still being received, has to wait."""
+        queue_ = self.queue_of(id) or self.unrouted
+        if id in self.spool.drafts or id in queue_.in_hand:
             return False
+        if what == 'delete':
+            return self._discard(id, queue_)
+        if what == 'retry' and queue_ is self.unrouted:
+            self._revive(id)
+            if self.unrouted.claim(id):
+                self._route(id)
+            queue_ = self.queue_of(id)
+        if what == 'retry' and isinstance(queue_, Destination):
+            queue_.retry(id)
+        return True
 
-    def knocked(self, lane, is_there):
-        """What knock() found out."""
-        if not lane.absent:
-            return                      # somebody asked for a try meanwhile
-        if is_there:
-            log.info('%s is there again: %d mails are tried now',
-                     lane.account.server, len(lane.ready))
-            lane.release()
-            self.staff(lane)
-        else:
-            lane.knock_at = self.clock() + self.settings.config.sleeptime
+    def _discard(self, id, queue_):
+        if queue_ is self.unrouted:
+            queue_.add(id)
+        if not queue_.claim(id):
+            return False                    # a thread has just taken it
+        mail = self._load(id, queue_)
+        if mail:
+            log.info('%s: deleted as asked for; %s', id,
+                     describe(mail, mail.to))
+            self.spool.remove(mail)
+            queue_.done(id)
+        return id not in queue_             # it may be unreadable for now
 
-    # In a lane's thread.
+    # The delivery threads.
 
-    def knock(self, lane):
-        """Is there a way to a server again that was absent? So mail goes soon
-        after the internet is back, however long the next try is away."""
-        try:
-            socket.create_connection((
-                lane.account.smtphost, lane.account.smtpport),
-                CONNECT_TIME).close()
-            is_there = True
-        except (OSError, ValueError, LookupError):
-            is_there = False
-        self.inbox.put(functools.partial(self.knocked, lane, is_there))
-
-    def work(self, lane):
-        """The life of a lane's thread."""
-        courier = Courier(lane.account, lane, self.settings.config)
-        try:
-            self.deliver_all(lane, courier)
-        except Exception:
-            log.exception('%s: a thread of this account ends by an error; '
-                          'its mail is tried again later', lane.account.server)
-            lane.leave()
-            for mail in filter(None, (courier.mail, courier.upcoming)):
-                if mail.id in self.in_flight:
-                    self.put_off(mail.id, self.back_off(1))
-                    self.in_flight.discard(mail.id)
-            self.inbox.put(functools.partial(self.staff, lane))
-        courier.close(politely=True)
-
-    def deliver_all(self, lane, courier):
-        """Delivers what waits in a lane over one connection."""
-        mail = self.next_mail(lane, LINGER)
-        while mail:
-            report = courier.deliver(
-                mail, functools.partial(self.next_mail, lane, 0))
-            if report.trouble:
-                self.report_trouble(lane, mail, report)
+    def _deliver_all(self, destination):
+        """The life of a delivery thread."""
+        while destination.wait():
+            courier = Courier(destination.account, destination.sign_in,
+                              self.settings.config)
+            try:
+                goes_on = self._deliver_ready(destination, courier)
+            except Exception:
+                log.exception('%s: an error in a delivery; the mail is tried '
+                              'again later', destination.account.server)
+                self._let_all_go(destination)
+                goes_on = True
+            courier.close(politely=True)
+            if not goes_on:
                 return
-            lane.failures = 0
-            self.settle(mail, report, lane.account.server)
-            if not lane.proven:
-                lane.proven = True
-                self.inbox.put(functools.partial(self.staff, lane))
-            mail = courier.upcoming or self.next_mail(lane, LINGER)
 
-    def next_mail(self, lane, patience):
-        """The next Mail of a lane, or None."""
-        while not self.stopping.is_set():
-            id = lane.take(patience)
+    def _deliver_ready(self, destination, courier):
+        """Delivers over one connection what may be tried now, until nothing
+        has come for LINGER seconds or the connection can't be used. False if
+        this thread is one too many."""
+        following = functools.partial(self._next_mail, destination)
+        at_hand = following()
+        while at_hand:
+            mail, account = at_hand
+            settings = self.settings
+            try:
+                if destination.absent and destination.account.popbeforesmtp:
+                    courier.look()
+                report = courier.deliver(mail, account, following)
+            except AccountUnavailable as error:
+                return self._settle_unavailable(
+                    destination, mail, error, settings)
+            if destination.absent:
+                log.info('%s is there again: %d mails are tried now',
+                         destination.account.server, len(destination.due))
+            destination.succeed()
+            when = self.settle(mail, report, destination.account.server,
+                               settings)
+            self._let_go(mail.id, destination, when)
+            at_hand = courier.upcoming or self._next_mail(destination, LINGER)
+        return True
+
+    def _next_mail(self, destination, patience=0.0):
+        """(Mail, its Account) in the hands of this thread, or None."""
+        while True:
+            id = destination.take(patience)
             if id is None:
                 return None
-            self.in_flight.add(id)
-            mail = self.load(id)
-            if mail:
-                return mail
-            self.let_go(id)
-        return None
+            mail = self._load(id, destination)
+            if mail is None:
+                continue
+            account = self.settings.account_for(mail.frm)
+            if account and account.connection == destination.account:
+                return mail, account
+            self._reroute(id, destination)
 
-    def let_go(self, id):
-        self.waiting.pop(id, None)
-        self.in_flight.discard(id)
+    def _reroute(self, id, destination):
+        """The ini has another way for a mail that this thread has in hand."""
+        with self.unrouted.changed:
+            destination.done(id)
+            self.unrouted.add(id)
 
-    def report_trouble(self, lane, mail, report):
-        """The account's server can't be used: if it is used by another of
-        its connections, this one was one too many."""
-        if lane.leave(in_trouble=True):
-            self.inbox.put(functools.partial(self.hold, lane, mail, report))
+    def _settle_unavailable(self, destination, mail, error, settings):
+        """The account can't be used, or takes no more connections. Returns
+        whether this thread goes on."""
+        others = destination.retire(mail.id)
+        if others:
+            log.info('%s: %d connections to %s are all it takes now: %s',
+                     mail.id, others, destination.account.server, error)
+            return False
+        if destination.closed and not self.unrouted.closed:
+            self._let_go(mail.id, destination)
+        elif settings.config.deleteonerror:
+            report = smtps.Report(mail.to)
+            report.give_up(str(error))
+            self._let_go(mail.id, destination, self.settle(
+                mail, report, destination.account.server, settings))
+        else:
+            self._defer_account(destination, mail, error, settings)
+        return True
+
+    def _defer_account(self, destination, mail, error, settings):
+        """No mail of the account can go: one of them is tried now and then,
+        all others wait for that without a try of their own. Where nobody was
+        there at all this is said once, and tried each sleeptime."""
+        why, wait = str(error), float(settings.config.sleeptime)
+        is_news = why != destination.why or not error.absent
+        failures = destination.failures
+        if not error.absent:
+            failures = max(failures, mail.tries) + 1
+            wait = back_off(failures, settings.config)
+        destination.defer(self.clock() + wait, why, error.absent, failures)
+        self._park_expired(destination, settings)
+        if self.spool.is_older(mail.id, settings.config.retrydays):
+            self._park(mail, why, settings)
+            destination.done(mail.id)
             return
-        log.info('%s: %d connections to %s are all it takes now: %s', mail.id,
-                 lane.workers, lane.account.server,
-                 next(iter(report.later.values())))
-        self.let_go(mail.id)
-        self.inbox.put(functools.partial(self.route, mail.id, mail.frm))
+        if is_news:
+            self._note_deferral(destination, mail, wait)
+        self._let_go(mail.id, destination)
 
-    # What a failure means: the only place that knows.
+    def _note_deferral(self, destination, mail, wait):
+        """In the mail that was tried, and in the log."""
+        mail.tries = destination.failures or mail.tries + 1
+        mail.problem, mail.handled = destination.why, True
+        mail.due = 0.0 if destination.absent else time.time() + wait
+        self.spool.save(mail)
+        log.warning('%s: not delivered: %s; try %d, the next one %s %d '
+                    'seconds, %d more mails wait for it', mail.id,
+                    mail.problem, mail.tries,
+                    'each' if destination.absent else 'in', wait,
+                    len(destination.due))
 
-    def settle(self, mail, report, server='nobody'):
-        """Acts on the verdict of one attempt."""
+    def _park_expired(self, destination, settings):
+        """What has waited too long for its account."""
+        for id in destination.withdraw(lambda id: self.spool.is_older(
+                id, settings.config.retrydays)):
+            mail = self._load(id, destination)
+            if mail:
+                self._park(mail, destination.why, settings)
+                destination.done(id)
+
+    # What a failure means: the only place that knows. These run in a delivery
+    # thread, with the settings that it has begun the mail with; what they
+    # touch in the spool is this mail's, or has a lock of its own.
+
+    def settle(self, mail, report, server, settings):
+        """Acts on the verdict of one attempt. Returns when the mail may be
+        tried again, None if it is delivered, deleted or parked."""
         for reply, recipients in grouped(report.sent):
             log.info('%s: sent to %s by %s: %s', mail.id, listed(recipients),
                      server, reply)
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
         if report.later or mail.refused:
-            comes_back = self.settle_failure(mail, report, server)
-        else:
-            comes_back = False
-            self.spool.remove(mail)
-        if not comes_back:
-            self.waiting.pop(mail.id, None)
-        self.in_flight.discard(mail.id)
+            return self._settle_failure(mail, report, server, settings)
+        self.spool.remove(mail)
+        return None
 
-    def settle_failure(self, mail, report, server):
-        """Returns whether it will be tried again by itself."""
+    def _settle_failure(self, mail, report, server, settings):
         failed = dict(mail.refused, **report.later)
         why = '; '.join('%s for %s' % (reply, listed(recipients))
                         for reply, recipients in grouped(failed))
@@ -2701,152 +3007,60 @@ class Relay:
             why = '%s said %s' % (server, why)
         mail.tries += 1
         mail.problem, mail.handled, mail.parked = why, True, False
-        if self.settings.config.deleteonerror:
+        if settings.config.deleteonerror:
             log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
-                      '%s', mail.id, why, self.describe(mail, failed))
+                      '%s', mail.id, why, describe(mail, failed))
             self.spool.remove(mail)
-        elif not mail.to:
-            self.park(mail)
-        elif self.is_expired(mail.id):
-            self.park(mail)
-        else:
-            wait = self.back_off(mail.tries)
-            mail.due = time.time() + wait
-            self.spool.save(mail)
-            log.warning('%s: not delivered: %s; try %d, the next one in %d '
-                        'seconds', mail.id, why, mail.tries, wait)
-            self.put_off(mail.id, wait)
-            return True
-        return False
+            return None
+        if not mail.to or self.spool.is_older(
+                mail.id, settings.config.retrydays):
+            self._park(mail, why, settings)
+            return None
+        wait = back_off(mail.tries, settings.config)
+        mail.due = time.time() + wait
+        self.spool.save(mail)
+        log.warning('%s: not delivered: %s; try %d, the next one in %d '
+                    'seconds', mail.id, why, mail.tries, wait)
+        return self.clock() + wait
 
-    def hold(self, lane, mail, report):
-        """No mail of the account can go: one of them is tried now and then,
-        all others wait for that without a try of their own."""
-        lane.in_trouble = False
-        if self.settings.config.deleteonerror or lane.closed:
-            self.settle(mail, report, lane.account.server)
-            self.staff(lane)
-            return
-        lane.failures = max(lane.failures, mail.tries) + 1
-        wait = self.back_off(lane.failures)
-        lane.held_until = self.clock() + wait
-        lane.absent = report.trouble.absent
-        if lane.absent:
-            lane.knock_at = self.clock() + self.settings.config.sleeptime
-        lane.problem = mail.problem = next(iter(report.later.values()))
-        mail.tries, mail.due = lane.failures, time.time() + wait
-        mail.handled, mail.parked = True, False
-        self.park_expired(lane)
-        if self.is_expired(mail.id):
-            self.park(mail)
-        else:
-            self.spool.save(mail)
-            log.warning('%s: not delivered: %s; try %d, the next one in %d '
-                        'seconds, %d more mails wait for it', mail.id,
-                        mail.problem, mail.tries, wait, len(lane.ready))
-            lane.put(mail.id, first=True)
-        self.in_flight.discard(mail.id)
-
-    def park_expired(self, lane):
-        for id in lane.empty():
-            mail = self.load(id) if self.is_expired(id) else None
-            if mail:
-                mail.problem = lane.problem
-                self.park(mail)
-            else:
-                lane.put(id)
-
-    def park(self, mail):
+    def _park(self, mail, why, settings):
         """Keeps a mail until the owner asks for another try."""
         what = 'refused for good' if not mail.to else (
-            'not delivered in %d days' % self.settings.config.retrydays)
+            'not delivered in %d days' % settings.config.retrydays)
         mail.to += [Address(a) for a in mail.refused]
         mail.refused, mail.parked, mail.due = {}, True, 0.0
-        self.waiting.pop(mail.id, None)
+        mail.problem, mail.handled = why, True
         self.spool.save(mail)
         log.error('%s: %s, kept in msgs/ but not tried again by itself: %s; '
                   '%s; --retry %s sends it again, --delete %s removes it',
-                  mail.id, what, mail.problem, self.describe(mail, mail.to),
+                  mail.id, what, mail.problem, describe(mail, mail.to),
                   mail.id, mail.id)
 
-    def settle_homeless(self, id):
+    def _settle_homeless(self, mail):
         """No account: permanent."""
-        mail = self.load(id)
-        if mail:
-            report = Report(mail.to)
-            report.settle_all(550, 'no account for sender <%s>, add a section '
-                              'for it or [default]' % mail.frm)
-            self.settle(mail, report, 'the ini')
+        report = smtps.Report(mail.to)
+        report.settle_all(550, 'no account for sender <%s>, add a section '
+                          'for it or [default]' % mail.frm)
+        self.settle(mail, report, 'the ini', self.settings)
+        self.unrouted.done(mail.id)
 
-    @staticmethod
-    def describe(mail, recipients):
-        return 'from <%s> to %s, subject %s' % (
-            mail.frm, listed(list(recipients)), mail.field('subject') or '-')
+    def _in_a_while(self):
+        return self.clock() + back_off(1, self.settings.config)
 
-    def is_expired(self, id):
-        return self.spool.age(id) >= self.settings.config.retrydays * 86400
 
-    def back_off(self, tries):
-        """Seconds until the next try: sleeptime, doubled up to an hour, and
-        a little more, so that not all come back at the same moment."""
-        first = max(1, self.settings.config.sleeptime)
-        longest = max(first, LONGEST_WAIT)
-        return min(first * 2 ** min(tries - 1, 20) * (
-            1 + os.urandom(1)[0] / 2560), longest)
+def back_off(tries, config):
+    """Seconds until the next try: sleeptime, doubled up to an hour, and a
+    little more, so that not all come back at the same moment."""
+    first = max(1, config.sleeptime)
+    longest = max(first, LONGEST_WAIT)
+    return min(first * 2 ** min(tries - 1, 20) * (
+        1 + os.urandom(1)[0] / 2560), longest)
 
-    def put_off(self, id, seconds):
-        """Any thread may call this."""
-        self.waiting[id] = None
-        self.inbox.put(functools.partial(
-            self.remember, self.clock() + seconds, id))
 
-    def remember(self, when, id):
-        heapq.heappush(self.later, (when, id))
-
-    # What the queue commands ask for.
-
-    def fulfil(self, path, id, what):
-        if id == 'all' and what == 'retry':
-            self.begin(self.settings, self.handlers)
-        elif Spool.ID.fullmatch(id):
-            if id in self.spool.drafts or not self.withdraw(id):
-                return                      # the next time we look
-            if what == 'retry':
-                self.retry(id)
-            elif what == 'delete':
-                self.discard(id)
-        try:
-            os.unlink(path)
-        except OSError as error:
-            log.error('%s cannot be removed: %s', path, error)
-
-    def retry(self, id):
-        self.asked.add(id)
-        self.unrouted.appendleft(id)
-        for lane in self.lanes.values():
-            lane.release()
-            self.staff(lane)
-
-    def discard(self, id):
-        mail = self.load(id)
-        if mail:
-            log.info('%s: deleted as asked for; %s', id,
-                     self.describe(mail, mail.to))
-            self.spool.remove(mail)
-
-    def withdraw(self, id):
-        """Takes an id out of wherever it waits; False if it is in a lane's
-        hands."""
-        later = [entry for entry in self.later if entry[1] != id]
-        if id in self.waiting and later == self.later and not any(
-                [lane.remove(id) for lane in self.lanes.values()]):
-            return False
-        heapq.heapify(later)
-        self.later = later
-        self.waiting.pop(id, None)
-        if id in self.unrouted:
-            self.unrouted.remove(id)
-        return True
+def describe(mail, recipients):
+    """A mail in trouble, for its log line."""
+    return 'from <%s> to %s, subject %s' % (
+        mail.frm, listed(list(recipients)), mail.field('subject') or '-')
 
 
 def grouped(verdicts):

@@ -11,12 +11,17 @@ from unittest import mock
 
 import smtpproxy
 from tests.case import A, B, OTHER, SENDER, ProxyCase
-from tests.fakes import HANG, Clock, FakeSMTP, wait_until
+from tests.fakes import HANG, Clock, FakePOP, FakeSMTP, wait_until
 
 C = 'c@example.org'
 DAY = 86400
 LATER, NEVER = '451 4.3.0 later', '550 5.1.1 never'
 MAIL = b'Subject: the report\r\n\r\nhello\r\n'
+
+
+def unused_port():
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
 
 
 class RelayCase(ProxyCase):
@@ -68,15 +73,18 @@ class RelayCase(ProxyCase):
         draft.seal()
         draft.commit()
         self.spool.drafts.discard(draft.id)
-        self.relay.announce(draft.id, sender)
+        self.relay.announce(draft.id, sender, draft.id + ': accepted')
         return draft.id
 
     def advance(self, seconds):
-        """Moves the time; returns when the relay has taken note."""
+        """Moves the time; returns when all who sleep have taken note."""
         self.clock.advance(seconds)
-        noted = threading.Event()
-        self.relay.inbox.put(lambda: self.relay.inbox.put(noted.set))
-        self.assertTrue(noted.wait(5), 'the relay does not go on')
+        for queue in self.relay.queues():
+            with queue.changed:
+                queue.changed.notify_all()
+        wait_until(lambda: not any(
+            self.may_take(queue) and not queue.in_hand
+            for queue in self.relay.queues()))
 
     def advance_until(self, condition, step):
         """Moves the time by steps until the condition holds; what is due is
@@ -89,10 +97,19 @@ class RelayCase(ProxyCase):
         return wait_until(stepped)
 
     def at_rest(self):
-        """Whether no lane has anything to do now."""
-        return not self.relay.in_flight and not any(
-            lane.ready and not lane.held_until
-            for lane in list(self.relay.lanes.values()))
+        """Whether nobody has anything to do now."""
+        return not any(queue.in_hand or self.may_take(queue)
+                       for queue in self.relay.queues())
+
+    def may_take(self, queue):
+        with queue.changed:
+            now = self.clock()
+            return getattr(queue, 'not_before', 0) <= now and any(
+                when <= now for when in queue.due.values())
+
+    def in_hand(self):
+        """The ids that threads have in hand."""
+        return [id for queue in self.relay.queues() for id in queue.in_hand]
 
     def reload(self, settings=None):
         """As SIGHUP does."""
@@ -104,7 +121,7 @@ class RelayCase(ProxyCase):
         def find():
             mail = self.spool.load(id)
             if mail and mail.tries >= count and (
-                    id not in self.relay.in_flight):
+                    id not in self.in_hand()):
                 return mail
         return wait_until(find)
 
@@ -114,7 +131,7 @@ class RelayCase(ProxyCase):
 
     def assertGone(self):
         self.assertSpooled(0)
-        wait_until(lambda: not self.relay.in_flight)
+        wait_until(lambda: not self.in_hand())
 
 
 class BackOff(RelayCase):
@@ -125,7 +142,7 @@ class BackOff(RelayCase):
             for tries in range(1, 40):
                 with self.subTest(sleeptime=sleeptime, tries=tries):
                     plain = min(3600, sleeptime * 2 ** (tries - 1))
-                    waits = {self.relay.back_off(tries) for _ in range(50)}
+                    waits = {smtpproxy.back_off(tries, self.settings.config) for _ in range(50)}
 
                     self.assertGreaterEqual(min(waits), plain)
                     self.assertLessEqual(max(waits), min(3600, plain * 1.1))
@@ -136,7 +153,7 @@ class BackOff(RelayCase):
         self.begin({'sleeptime': 7200})
 
         self.assertEqual([7200.0] * 3, [
-            self.relay.back_off(tries) for tries in (1, 2, 30)])
+            smtpproxy.back_off(tries, self.settings.config) for tries in (1, 2, 30)])
 
     def test_each_try_waits_longer_than_the_one_before(self):
         for kind, script in (('mail', {'RCPT': LATER}),
@@ -319,15 +336,19 @@ class Absent(RelayCase):
         self.advance_until(lambda: self.spool.load(id).tries >= tries, 10)
         return id
 
+    def nobody(self, error):
+        """As long as this context lasts no server can be reached."""
+        return mock.patch('socket.create_connection', side_effect=error)
+
     def test_mail_goes_soon_after_the_way_to_a_server_is_back(self):
         for error in (ConnectionRefusedError(errno.ECONNREFUSED, 'refused'),
                       OSError(errno.ENETUNREACH, 'Network is unreachable'),
                       OSError(errno.EHOSTUNREACH, 'No route to host'),
                       socket.gaierror(socket.EAI_AGAIN, 'try again')):
             with self.subTest(error):
-                with mock.patch('socket.create_connection',
-                                side_effect=error):
-                    id = self.tried_in_vain(5)
+                with self.nobody(error) as connect:
+                    id = self.tried_in_vain(1)
+                    self.advance_until(lambda: connect.call_count > 50, 10)
                 back = self.clock.now
 
                 self.advance_until(lambda: not self.spool.load(id), 10)
@@ -335,6 +356,32 @@ class Absent(RelayCase):
                 self.assertLess(self.clock.now - back, 30)
                 self.assertLogged('INFO', 'is there again')
                 self.clear()
+
+    def test_that_nobody_is_there_is_said_and_stored_once(self):
+        with self.nobody(ConnectionRefusedError(111, 'refused')) as connect:
+            id = self.tried_in_vain(1)
+            size = os.path.getsize(self.path('msgs', id + '.mail'))
+
+            self.advance_until(lambda: connect.call_count > 9, 10)
+
+            self.assertEqual(1, self.log().count('refused; try 1'))
+            self.assertEqual(size, os.path.getsize(
+                self.path('msgs', id + '.mail')))
+            self.assertLogged('WARNING', id, 'each 10 seconds')
+
+    def test_no_pop_login_is_spent_while_nobody_takes_mail(self):
+        pop = self.serve(FakePOP())
+        self.begin({'sleeptime': 10}, {SENDER: self.account(
+            smtpport=unused_port(), popbeforesmtp='true', pophost=pop.host,
+            popport=pop.port, popssl='false', popusername='me',
+            poppassword='pw', popcheckdelay=5)})
+        self.tried(self.put(), 1)
+
+        for _ in range(9):
+            self.advance(10)
+            wait_until(self.at_rest)
+
+        self.assertEqual(1, pop.connections)
 
     def test_a_server_that_says_no_is_left_in_peace(self):
         self.upstream.script = {'': '421 4.3.2 busy'}
@@ -388,18 +435,13 @@ class OneAccountAndAnother(RelayCase):
                           'next one in 10 seconds')
 
     def test_nor_does_one_that_comes_while_the_account_fails(self):
-        held, both = threading.Event(), threading.Event()
-        self.addCleanup(held.set)
-        self.two({'': '421 4.3.2 busy'})
-        self.relay.inbox.put(lambda: both.wait(5))
+        self.two({'': lambda talk: (
+            self.wait_at_gate(talk) or '421 4.3.2 busy')})
         first = self.put()
-        self.relay.inbox.put(lambda: held.wait(5))
+        wait_until(lambda: self.upstream.connections)
         self.put()
-        both.set()
-        wait_until(lambda: self.upstream.connections and not any(
-            lane.workers for lane in list(self.relay.lanes.values())))
 
-        held.set()
+        self.gate.set()
 
         self.assertEqual(1, self.tried(first, 1).tries)
         wait_until(self.at_rest)
@@ -413,7 +455,7 @@ class OneAccountAndAnother(RelayCase):
         for turn in range(2, 5):
             self.advance_until(
                 lambda: self.upstream.connections >= turn, 2 ** turn)
-            wait_until(lambda: not self.relay.in_flight)
+            wait_until(lambda: not self.in_hand())
 
         self.assertEqual(4, self.upstream.connections)
 
@@ -456,32 +498,16 @@ class OneAccountAndAnother(RelayCase):
         self.assertSpooled(1)
         self.assertNotIn(bad, good)
 
-    def test_an_old_knock_says_nothing_about_a_server_that_answers(self):
-        for is_there in True, False:
-            with self.subTest(is_there):
-                self.two({'': '421 4.3.2 busy'})
-                self.tried(self.put(), 1)
-                lane = self.relay.lane_of(SENDER)
-
-                self.relay.inbox.put(
-                    lambda: self.relay.knocked(lane, is_there))
-                self.advance(1)
-
-                self.assertGreater(lane.held_until, self.clock())
-                self.assertEqual(smtpproxy.FOREVER, lane.knock_at)
-                self.clear()
-                self.upstream = self.serve(FakeSMTP(clock=self.clock))
-
     def test_new_mail_joins_those_that_wait(self):
         self.two({'': '421 4.3.2 busy'})
-        self.assertEqual('', self.relay.outlook(SENDER))
         self.tried(self.put(), 1)
 
-        outlook = self.relay.outlook(SENDER)
-        self.put()
+        id = self.put()
+        other = self.put(sender=OTHER)
 
-        self.assertRegex(outlook, r'waits with 1 more for \S+ .*421.* busy')
-        self.assertEqual('', self.relay.outlook(OTHER))
+        self.assertLogged('INFO', id, 'accepted; it waits with 1 more for',
+                          '421 4.3.2 busy')
+        self.assertNotIn('waits', self.assertLogged(other, 'accepted'))
         self.assertEqual(1, self.upstream.connections)
 
 
@@ -755,11 +781,11 @@ class Misfortune(RelayCase):
         self.upstream.script[''] = lambda talk: (
             self.wait_at_gate(talk) or '421 4.3.2 busy')
         self.begin()
-        id, stopping = self.put(), self.relay.stopping
+        id, relay = self.put(), self.relay
         wait_until(lambda: self.upstream.connections)
         stopper = threading.Thread(target=self.end, name='stopper')
         stopper.start()
-        stopping.wait(5)
+        wait_until(lambda: relay.unrouted.closed)
         start = time.monotonic()
 
         self.gate.set()
