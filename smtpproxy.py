@@ -2285,6 +2285,7 @@ class Courier(OldCourier):
 
 # --- Relay: when each mail is tried, and what a failure means ----------------
 
+FOREVER = float('inf')
 LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
 BACKLOG = 8                 # mails that wait per connection before one more
@@ -2610,8 +2611,13 @@ class Relay:
     def reload(self, settings, handlers):
         """New settings; all that waits is tried at once, parked or not."""
         self.settings, self.handlers = settings, handlers
+        self._reloaded = True
+        self.wake()
+
+    def wake(self):
+        """Has the relay's thread make its round at once."""
         with self.unrouted.changed:
-            self._reloaded = True
+            self._last_round = -FOREVER
             self.unrouted.changed.notify_all()
 
     def stop(self, grace):

@@ -139,7 +139,7 @@ class Retry(CommandCase):
 
         def ask_at_once(spool, id, what):
             path, relay = ask(spool, id, what), self.proxy.relay
-            relay.inbox.put(relay.look_round)
+            relay.wake()
             return path
         patch = mock.patch.object(smtpproxy.Spool, 'ask', ask_at_once)
         patch.start()

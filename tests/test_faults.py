@@ -238,9 +238,9 @@ class FaultCase(ProxyCase):
             for row in ROWS}
         self.submit(sender='well@home.lan', client=client)
         self.assertDelivered([A])
-        self.assertTrue(self.proxy.relay.in_flight, 'none hangs any more')
+        self.assertTrue(self.in_hand(), 'none hangs any more')
         client.close()
-        wait_until(lambda: not self.proxy.relay.in_flight, 10)
+        wait_until(lambda: not self.in_hand(), 10)
 
     @staticmethod
     def content(row):
@@ -261,8 +261,6 @@ class FaultCase(ProxyCase):
                                        if self.ids[row.name] in line)))
 
     def assertNothingLeaks(self):
-        wait_until(lambda: not [t.name for t in threading.enumerate()
-                                if t.name.startswith('relay-')])
         for row in ROWS:
             with self.subTest(row.name):
                 for server in filter(None, (self.servers[row.name],
@@ -306,7 +304,7 @@ class Faults(FaultCase):
                                          'not tried again by itself')
                 else:
                     self.assertExplained(row, 'WARNING', 'try 1',
-                                         'next one in 6')
+                                         'next one in 6|next one each 6')
 
         self.heal()
 
@@ -317,7 +315,7 @@ class Faults(FaultCase):
             server.script.clear()
         self.proxy.reload()
         self.assertSpooled(sum(not row.healed for row in ROWS))
-        wait_until(lambda: not self.proxy.relay.in_flight)
+        wait_until(lambda: not self.in_hand())
         for row in ROWS:
             with self.subTest(row.name, healed=row.healed):
                 self.assertArrived(row, () if row.healed else row.left)

@@ -108,8 +108,8 @@ class RelayCase(ProxyCase):
                 when <= now for when in queue.due.values())
 
     def in_hand(self):
-        """The ids that threads have in hand."""
-        return [id for queue in self.relay.queues() for id in queue.in_hand]
+        return [id for queue in self.relay.queues()
+                for id in list(queue.in_hand)]
 
     def reload(self, settings=None):
         """As SIGHUP does."""
