@@ -10,8 +10,9 @@ the account that belongs to the sender, with all that the account needs.
                                                 Handlers
 
 The sections are in the order of a mail's journey, each uses only those
-above it: Settings, Log, Spool, Front door, Handlers, Courier, Relay, Proxy,
-Commands, Main. The keys of the ini are explained in smtpproxy.ini.example.
+above it: Settings, Log, Spool, Front door, Handlers, Advice, Sign-in,
+Courier, Relay, Proxy, Commands, Main. The keys of the ini are explained in
+smtpproxy.ini.example.
 """
 import binascii
 import collections
@@ -403,7 +404,7 @@ class IniReader:
         if config.tlsport and not config.tlscert:
             self.complain('config', 'tlsport', 'needs tlscert and tlskey')
         try:
-            Networks(config.allow)
+            smtps.Networks(config.allow)
         except ValueError as error:
             self.complain('config', 'allow', '%s: use networks such as '
                           '192.168.1.0/24, or any' % error)
@@ -459,25 +460,6 @@ def identity(config):
     if user and group is None:
         group = user.pw_gid
     return user and user.pw_uid, group, user and user.pw_name
-
-
-class Networks:
-    """The clients that may send: 'a in Networks(...)'. Raises ValueError."""
-
-    def __init__(self, text):
-        import ipaddress
-        self.address = functools.lru_cache(256)(ipaddress.ip_address)
-        words = text.replace(',', ' ').split()
-        self.all = [word.lower() for word in words] == ['any']
-        if not words:
-            raise ValueError('is empty')
-        self.networks = [] if self.all else [
-            ipaddress.ip_network(word, strict=False) for word in words]
-
-    def __contains__(self, address):
-        address = self.address(address)
-        address = getattr(address, 'ipv4_mapped', None) or address
-        return self.all or any(address in n for n in self.networks)
 
 
 # --- Log: one line a step, for the owner ------------------------------------
@@ -627,33 +609,6 @@ class Address(str):
         return hash(str.strip(self, '<>'))
 
 
-@functools.lru_cache(32)
-def fields_named(*names):
-    """A pattern for whole header fields, folded lines included."""
-    return re.compile(rb'^(?:%s)[ \t]*:.*\r\n(?:[ \t].*\r\n)*' % '|'.join(
-        names).encode(), re.IGNORECASE | re.MULTILINE)
-
-
-def split_header(content):
-    """Where the body of a mail (bytes) begins, at its empty line."""
-    end = content.find(b'\r\n\r\n')
-    return 0 if content.startswith(b'\r\n') else (
-        end + 2 if end >= 0 else len(content))
-
-
-def stuffed(message):
-    """A message (bytes, any line ends) as on the wire, without final dot."""
-    lines = smtps.DataReader.LINE_END.sub(b'\r\n', message)
-    if not lines.endswith(b'\r\n'):
-        lines += b'\r\n'
-    return (b'\r\n' + lines).replace(b'\r\n.', b'\r\n..')[2:-2] + b'\r\n'
-
-
-def unstuffed(content):
-    """The message that content is on the wire."""
-    return (b'\r\n' + content).replace(b'\r\n.', b'\r\n')[2:]
-
-
 class Unreadable(Exception):
     """A file in msgs/ that is no mail of ours; says why."""
 
@@ -709,7 +664,7 @@ class Mail:
                 else Unreadable('it is no mail of smtpproxy'))
         self.dot = offset + at + len(b'\r\n.\r\n')
         self.parse_envelope()
-        self.body = self.start + split_header(
+        self.body = self.start + smtps.split_header(
             self.data[self.start:self.dot - 3])
         self.parse_end(tail[at + len(END):])
 
@@ -787,7 +742,7 @@ class Mail:
 
     def field(self, name):
         """A header field's value for a log line (str)."""
-        match = fields_named(name).search(self.header())
+        match = smtps.fields_named(name).search(self.header())
         value = match[0].partition(b':')[2] if match else b''
         return ' '.join(value.decode('utf-8', 'replace').split())[:100]
 
@@ -796,7 +751,7 @@ class Mail:
         if self._msg is None:
             with open(self.path, 'rb') as file:
                 file.seek(self.start)
-                self._msg = unstuffed(
+                self._msg = smtps.unstuffed(
                     file.read(self.dot - 3 - self.start))
         return self._msg
 
@@ -1083,7 +1038,7 @@ class Spool:
         except FileNotFoundError:
             pass
         try:
-            draft.write(stuffed(mail.msg))
+            draft.write(smtps.stuffed(mail.msg))
             draft.seal()
             draft.commit()
             self.fresh.pop(mail.id, None)
@@ -1444,8 +1399,8 @@ class Callback:
         self.message[name] = value
         field = ('%s: %s\r\n' % (name, value)).encode()
         message = smtps.DataReader.LINE_END.sub(b'\r\n', self.mail.msg)
-        end = split_header(message)
-        self.mail.msg = fields_named(name.lower()).sub(
+        end = smtps.split_header(message)
+        self.mail.msg = smtps.fields_named(name.lower()).sub(
             b'', message[:end]) + field + message[end:]
         return [Address(address) for _, address in found]
 
@@ -1563,77 +1518,14 @@ class Handlers:
         return Address(frm), [Address(address) for address in to]
 
 
-# --- Courier: one account's way out -----------------------------------------
+# --- Advice: what a failure means to the owner ------------------------------
 
-CONNECT_TIME = 30           # seconds
-REPLY_TIME = 60             # seconds for a whole reply
-DOT_TIME = 600              # seconds; RFC 5321 4.5.3.2.6: no second copies
-REPLY_SIZE = 65536          # bytes of a whole reply
-
-CA_FILES = ('/etc/ssl/certs/ca-certificates.crt', '/etc/ssl/cert.pem',
-            '/opt/etc/ssl/certs/ca-certificates.crt',
-            '/etc/pki/tls/certs/ca-bundle.crt', '/etc/ssl/ca-bundle.pem')
-
-
-class Trouble(Exception):
+class AccountUnavailable(Exception):
     """The account's server can't be used now: every mail of the account has
-    to wait. Its text is for the owner; absent: there is no way to it."""
+    to wait. Its text is for the owner. absent: nobody is there at all
+    (refused, unreachable, unknown name)."""
 
     absent = False
-
-
-class Closing(OSError):
-    """The server said 421: it ends the connection."""
-
-
-class Report:
-    """The verdict of one attempt: what became of each recipient. sent,
-    later, never: {recipient: reply}; trouble: None, or the Trouble of the
-    account, not the mail's."""
-
-    def __init__(self, to):
-        self.open, self.trouble = list(to), None
-        self.sent, self.later, self.never = {}, {}, {}
-
-    def settle(self, recipient, code, text):
-        """Files a recipient under what the code means."""
-        verdict = self.sent if 200 <= code < 300 else (
-            self.never if 500 <= code < 600 else self.later)
-        verdict[recipient] = '%d %s' % (code, text)
-        self.open.remove(recipient)
-
-    def settle_all(self, code, text):
-        for recipient in self.open[:]:
-            self.settle(recipient, code, text)
-
-    def give_up(self, text):
-        """What is still open has to be tried again."""
-        for recipient in self.open:
-            self.later[recipient] = text
-        self.open = []
-
-
-@functools.lru_cache(None)
-def tls_context(cafile, verify, weak):
-    """An ssl.SSLContext; one costs a megabyte, so there is one of a kind."""
-    import ssl
-    import warnings
-    context = ssl.create_default_context(cafile=cafile or None)
-    if cafile:
-        # Private CAs often lack what Python 3.13's strict mode asks for.
-        context.verify_flags &= ~getattr(ssl, 'VERIFY_X509_STRICT', 0)
-    elif not context.cert_store_stats()['x509_ca']:
-        for name in filter(os.path.exists, CA_FILES):
-            context.load_verify_locations(name)
-    if not verify:
-        context.check_hostname = False
-        context.verify_mode = ssl.CERT_NONE
-    if weak:
-        with warnings.catch_warnings():
-            warnings.simplefilter('ignore', DeprecationWarning)
-            context.minimum_version = ssl.TLSVersion.TLSv1
-        context.set_ciphers('DEFAULT:@SECLEVEL=0')
-    return context
 
 
 def explain(error, host):
@@ -1653,12 +1545,12 @@ def explain(error, host):
         return '%s does not answer in time' % host
     if hasattr(error, 'smtp_code'):
         return '%s said %d %s' % (host, error.smtp_code,
-                                  plain(error.smtp_error))
+                                  smtps.plain(error.smtp_error))
     if isinstance(error, ImportError) or 'unknown encoding' in str(error):
         return missing_module(error)
     text = getattr(error, 'strerror', None) or (
         error.args[0] if error.args else error)
-    text = plain(text if isinstance(text, bytes) else str(text))
+    text = smtps.plain(text if isinstance(text, bytes) else str(text))
     return '%s: %s' % (host, 'connection closed' if text == '-ERR EOF'
                        else text)
 
@@ -1677,107 +1569,71 @@ def certificate_advice(error):
             '%Y-%m-%d %H:%M')
     if error.verify_code in (62, 64):       # host name, IP address
         return '; set smtphost and pophost to the name in the certificate'
-    context = tls_context('', True, False)
-    if not context.cert_store_stats()['x509_ca']:
+    if not smtps.client_context().cert_store_stats()['x509_ca']:
         return '; this box has no CA certificates at all: install ca-bundle ' \
             '(or ca-certificates), or set tlscafile'
     return '; if it is your own, set tlscafile to the PEM file of its CA'
 
 
-def encoded64(text):
-    return binascii.b2a_base64(text.encode(), newline=False).decode()
+def port_advice(account):
+    """The usual mistake: TLS where none is spoken, or the reverse."""
+    port, security = account.smtpport, account.smtpsecurity
+    if (port == 465) == (security == 'ssl') or port not in (25, 465, 587):
+        return ''
+    return '; %s is rarely right for port %d' % (
+        'smtpsecurity=' + security, port)
 
 
-def plain(reply):
-    """A server's reply (bytes or str) in one line for the log."""
-    if isinstance(reply, bytes):
-        reply = reply.decode('utf-8', 'replace')
-    return ' '.join(''.join(c if c.isprintable() else ' ' for c in reply)
-                    .split())[:400]
+# --- Sign-in: what an account asks before it takes mail ---------------------
+
+def auth_cram_md5(ask, user, password):
+    """RFC 2195."""
+    import hmac
+    code, challenge = ask('AUTH CRAM-MD5')
+    if code != 334:
+        return code, challenge
+    try:
+        digest = hmac.new(password.encode(),
+                          binascii.a2b_base64(challenge), 'md5')
+    except ValueError:
+        return 501, 'its challenge is not base64'
+    return ask(smtps.encoded64(user + ' ' + digest.hexdigest()))
 
 
-class Replies:
-    """A server's lines, bounded in time and size: takes the place of the
-    socket's file in smtplib and poplib."""
-
-    def __init__(self, sock):
-        self.sock, self.buffer = sock, b''
-        self.expect(REPLY_TIME)
-
-    def expect(self, seconds):
-        """A whole reply has to be there in so many seconds."""
-        self.deadline = time.monotonic() + seconds
-        self.budget = REPLY_SIZE
-        if self.sock.gettimeout() < REPLY_TIME - 1:
-            self.sock.settimeout(REPLY_TIME)
-
-    def readline(self, limit=8192):
-        while b'\n' not in self.buffer and len(self.buffer) < limit:
-            left = self.deadline - time.monotonic()
-            if left <= 0:
-                raise socket.timeout('timed out')
-            if left < self.sock.gettimeout() - 1:
-                self.sock.settimeout(left)
-            try:
-                data = self.sock.recv(4096)
-            except socket.timeout as error:
-                if error.errno:         # the system's: the other end is gone
-                    raise
-                continue                # the socket's: the reply has its own
-            if not data:
-                break
-            self.buffer += data
-        end = self.buffer.find(b'\n') + 1 or len(self.buffer)
-        line, self.buffer = self.buffer[:end], self.buffer[end:]
-        self.budget -= len(line)
-        if self.budget < 0:
-            raise OSError('the reply does not end')
-        return line
-
-    def close(self):
-        """The socket is closed by its owner."""
+def auth_plain(ask, user, password):
+    """RFC 4616."""
+    return ask('AUTH PLAIN ' + smtps.encoded64('\0%s\0%s' % (user, password)))
 
 
-class SmtpDialogue:
-    """Mixed into smtplib's classes: bounded replies, and the dialogue in our
-    log, without secrets."""
+def auth_login(ask, user, password):
+    """334 by 334: smtplib of early 3.8 mixes up name and password."""
+    answer = ask('AUTH LOGIN')
+    for text in user, password:
+        if answer[0] == 334:
+            answer = ask(smtps.encoded64(text))
+    return answer
 
-    secret, reply_time = False, REPLY_TIME     # redact: see dialogue()
 
-    def getreply(self):
-        if self.file is None:
-            self.file = Replies(self.sock)
-        self.file.expect(self.reply_time)
-        code, text = super().getreply()
-        if not 200 <= code < 600:
-            self.close()
-            raise OSError('the reply is not SMTP: %s'
-                          % self.redact(plain(text))[:80])
-        return code, text
-
-    def _print_debug(self, *arguments):
-        if self.secret and arguments[0] == 'send:':
-            arguments = 'send:', '***'
-        log.info('smtp %s: %s', self._host, self.redact(
-            ' '.join(map(str, arguments))))
-
-    def ask(self, line):
-        """Sends one line of a login; returns (code, text)."""
-        self.secret = True
-        try:
-            return self.docmd(line)
-        finally:
-            self.secret = False
+# Name of the SASL mechanism -> function(ask, user, password) that returns the
+# last reply, (code, text). ask: smtps.Delivery.ask. Best first.
+MECHANISMS = {'cram-md5': auth_cram_md5, 'plain': auth_plain,
+              'login': auth_login}
 
 
 class PopDialogue:
-    """The same for poplib's."""
+    """Mixed into poplib's classes: replies are bounded, and the dialogue goes
+    to our log, without secrets."""
+
+    def __init__(self, host, port, redact, debuglevel, **tls):
+        # The constructor of poplib connects, and that uses these.
+        self.redact, self.debuglevel = redact, debuglevel
+        super().__init__(host, port, timeout=smtps.CONNECT_TIME, **tls)
 
     def _getline(self):
-        if not isinstance(self.file, Replies):
+        if not isinstance(self.file, smtps.BoundedReader):
             self.file.close()
-            self.file = Replies(self.sock)
-        self.file.expect(REPLY_TIME)
+            self.file = smtps.BoundedReader(self.sock)
+        self.file.expect(smtps.REPLY_TIME)
         return super()._getline()
 
     def _putline(self, line):
@@ -1796,37 +1652,153 @@ class PopDialogue:
 
     def show(self, line):
         if self.debuglevel:
-            log.info('pop %s: %s', self.host, self.redact(plain(line)))
+            log.info('pop %s: %s', self.host, self.redact(smtps.plain(line)))
 
 
 @functools.lru_cache(None)
-def dialogue_class(kind, secure):
-    """Made when first needed, since smtplib alone costs a small box nine
-    megabytes."""
-    if kind == 'smtp':
-        import smtplib
-        return type('Smtp', (SmtpDialogue, smtplib.SMTP_SSL if secure
-                             else smtplib.SMTP), {})
+def pop_class(secure):
+    """Made when first needed: most accounts never need poplib."""
     import poplib
     return type('Pop', (PopDialogue, poplib.POP3_SSL if secure
                         else poplib.POP3), {})
 
 
-def dialogue(kind, tls, debuglevel, redact, *arguments):
-    """A connected client: kind 'smtp' or 'pop', tls: a context or None,
-    redact: callable(str) -> str that takes the secrets out. It must know
-    these two before its constructor connects."""
-    made = dialogue_class(kind, tls is not None)
-    client = made.__new__(made)
-    client.debuglevel, client.redact = debuglevel, redact
-    extra = {'context': tls} if tls else {}
-    client.__init__(*arguments, timeout=CONNECT_TIME, **extra)
-    return client
+def context_of(account):
+    """The ssl.SSLContext for an account's servers."""
+    return smtps.client_context(account.tlscafile, account.tlsverify,
+                                account.smtpweaktls)
 
+
+class SignIn:
+    """What one account asks before it takes mail. All connections of the
+    account share it, each from a thread of its own. The lock lets one of them
+    sign in by POP at a time; the time of the last login is set only under it.
+
+    clock: callable() -> seconds; pause: callable(seconds)."""
+
+    def __init__(self, account, clock=time.monotonic, pause=time.sleep):
+        self.account = account
+        self._clock, self._pause = clock, pause
+        self._pop_lock = threading.Lock()
+        self._pop_time = None       # of the last login
+        self._secrets = self._forms_of_secrets()
+
+    # Secrets.
+
+    def redact(self, text):
+        """text without the account's passwords: some servers repeat what they
+        were told."""
+        for secret in self._secrets:
+            text = text.replace(secret, '***')
+        return text
+
+    def _forms_of_secrets(self):
+        """Each password as it may show up."""
+        forms, user = [], self.account.smtpusername
+        for secret in self.account.smtppassword, self.account.poppassword:
+            if len(secret) >= 4:        # else it would veil half of every line
+                forms += [secret, smtps.plain(secret), smtps.encoded64(secret),
+                          smtps.encoded64('\0%s\0%s' % (user, secret))]
+        return [form for form in forms if form]
+
+    # POP before SMTP.
+
+    def pop_is_due(self):
+        """Whether a new POP login has to come before the next mail."""
+        return self.account.popbeforesmtp and (
+            self._pop_time is None
+            or self._clock() - self._pop_time >= self.account.popcheckdelay)
+
+    def by_pop(self, config):
+        """One login for all connections of the account, if it is due. Waits
+        config.waitafterpop seconds. Raises AccountUnavailable."""
+        with self._pop_lock:
+            if not self.pop_is_due():
+                return
+            try:
+                self._pop_login(config.debuglevel)
+            except Exception as error:
+                raise AccountUnavailable(self.redact(
+                    'POP login: %s' % explain(error, '%s:%d' % (
+                        self.account.pophost, self.account.popport)))
+                ) from error
+            log.info('%s: POP login as %s; waiting %d s before SMTP',
+                     self.account.pophost, self.account.popusername,
+                     config.waitafterpop)
+            self._pop_time = self._clock()
+            self._pause(config.waitafterpop)
+
+    def _pop_login(self, debuglevel):
+        account = self.account
+        tls = {'context': context_of(account)} if account.popssl else {}
+        pop = pop_class(account.popssl)(account.pophost, account.popport,
+                                        self.redact, debuglevel, **tls)
+        try:
+            pop.user(account.popusername)
+            pop.pass_(account.poppassword)
+            try:
+                pop.quit()
+            except Exception:
+                pass                    # we are known there, that is enough
+        finally:
+            pop.close()
+
+    # SMTP AUTH.
+
+    def by_auth(self, delivery):
+        """One mechanism after the other until one is taken. delivery: a
+        smtps.Delivery behind its hello(). Raises AccountUnavailable,
+        OSError."""
+        account, answers = self.account, []
+        if not (account.smtpusername and account.smtppassword):
+            return
+        for name in self._mechanisms(delivery):
+            code, text = MECHANISMS[name](
+                delivery.ask, account.smtpusername, account.smtppassword)
+            if code == 235:
+                return
+            answers.append('%s: %d %s' % (
+                name, code, self.redact(smtps.plain(text))))
+            try:
+                delivery.hello()
+            except OSError:
+                break                   # it has hung up
+        raise AccountUnavailable(
+            'login at %s as %s refused (%s): check smtpusername and '
+            'smtppassword' % (account.server, account.smtpusername,
+                              '; '.join(answers)))
+
+    def _mechanisms(self, delivery):
+        """Names, best first. Raises AccountUnavailable."""
+        if self.account.smtpauth != 'auto':
+            return [self.account.smtpauth]
+        offered = (delivery.offers('auth') or '').lower().split()
+        names = [name for name in MECHANISMS if name in offered]
+        if not names:
+            raise AccountUnavailable(
+                '%s offers no login that we know (%s)%s' % (
+                    self.account.server, ' '.join(offered) or 'none at all',
+                    '; smtpsecurity=tls, perhaps?'
+                    if self.account.smtpsecurity == 'none' else ''))
+        return names
+
+
+# --- Courier: takes mails to an account's server ----------------------------
 
 def envelope_sender(mail, account):
+    """The address (str) that the server is told as the sender."""
     return account.returnpath and bare_address(account.returnpath) or (
         account.forcefrom and bare_address(account.forcefrom) or mail.frm)
+
+
+def envelope_of(mail, account):
+    """The smtps.Envelope of mail as this account sends it."""
+    parameters = {}
+    if 'BODY' in mail.parameters:
+        parameters['BODY'] = mail.parameters['BODY']
+    if 'SMTPUTF8' in mail.parameters and not mail.header().isascii():
+        parameters['SMTPUTF8'] = ''
+    return smtps.Envelope(envelope_sender(mail, account), mail.to, parameters)
 
 
 def dress(mail, account):
@@ -1840,447 +1812,154 @@ def dress(mail, account):
     if account.forcefrom:
         unwanted += ['from', 'sender']
         new += 'From: %s\r\n' % account.forcefrom
-    return new.encode() + fields_named(*unwanted).sub(b'', mail.header())
+    return new.encode() + smtps.fields_named(*unwanted).sub(
+        b'', mail.header())
+
+
+@contextlib.contextmanager
+def body_of(mail):
+    """What follows the header: bytes of a small mail, else a smtps.FilePart.
+    Raises OSError."""
+    end = mail.dot - len(b'.\r\n')
+    if mail.dot <= len(mail.data):
+        yield mail.data[mail.body:end]
+        return
+    with open(mail.path, 'rb') as file:
+        yield smtps.FilePart(file, mail.body, end)
 
 
 class Courier:
-    """Delivers mails over one connection to the account's server, and makes
-    that connection with all that the account asks for. lane: keeps the time
-    of the account's last POP login."""
+    """Takes mails to one account's server, over one connection that it makes
+    as the account asks for and keeps for the next mail. One thread uses it;
+    sign_in is shared with the account's other couriers.
 
-    def __init__(self, account, lane, config, pause=time.sleep):
-        self.account, self.lane, self.config = account, lane, config
-        self.pause = pause
-        self.smtp, self.used = None, False
-        self.mail = self.upcoming = None    # at hand, and the one after it
-        self.offered = None         # the mail whose envelope is on its way
-        self.unfinished = False     # a transaction needs RSET
+    upcoming: None, or the (Mail, Account) whose envelope is under way: it
+    must be delivered next."""
 
-    # Getting there.
+    def __init__(self, account, sign_in, config):
+        self.account, self.sign_in, self.config = account, sign_in, config
+        self.upcoming = None
+        self._delivery = None
 
-    def connect(self):
-        """Raises Trouble."""
-        if self.smtp and not self.pop_is_due():
-            return
-        self.close()
-        if self.account.popbeforesmtp:
-            self.sign_in_by_pop()
-        what = 'connect'
+    @property
+    def connected(self):
+        return self._delivery is not None and self._delivery.connected
+
+    def look(self):
+        """Is somebody there at smtphost? Raises AccountUnavailable."""
         try:
-            self.smtp = self.open_connection()
-            what = 'EHLO'
-            self.hello()
-            if self.account.smtpsecurity == 'tls':
-                what = 'STARTTLS'
-                self.start_tls()
-            what = 'login'
-            if self.account.smtpusername and self.account.smtppassword:
-                self.sign_in()
-        except Exception as error:
+            socket.create_connection(
+                (self.account.smtphost, self.account.smtpport),
+                smtps.CONNECT_TIME).close()
+        except (OSError, ValueError, LookupError) as error:
+            raise self._unavailable('connect', error) from error
+
+    def deliver(self, mail, account, following):
+        """Sends mail; returns its smtps.Report, in which nobody is open.
+        account: that of the mail's own section, for envelope and dress.
+        following: callable() -> (Mail, Account) that can come next, or None.
+
+        Raises AccountUnavailable: then nobody has got it, nothing is settled
+        and nothing is upcoming."""
+        self.upcoming = None
+        try:
+            with body_of(mail) as body:
+                report = self._send(envelope_of(mail, account),
+                                    dress(mail, account), body, following)
+        except AccountUnavailable:
             self.close()
-            if isinstance(error, Trouble):
-                raise
-            trouble = Trouble('%s: %s%s' % (
-                what, explain(error, self.account.server),
-                self.port_advice()))
-            trouble.absent = what == 'connect' and is_absence(error)
-            raise trouble from error
-        self.used = False
-        self.pipelining = self.smtp.has_extn('pipelining')
-
-    def port_advice(self):
-        """The usual mistake: TLS where none is spoken, or the reverse."""
-        port, security = self.account.smtpport, self.account.smtpsecurity
-        if (port == 465) == (security == 'ssl') or port not in (25, 465, 587):
-            return ''
-        return '; %s is rarely right for port %d' % (
-            'smtpsecurity=' + security, port)
-
-    def open_connection(self):
-        account = self.account
-        # Without a name of its own smtplib looks one up, which can take long.
-        smtp = dialogue(
-            'smtp', self.tls() if account.smtpsecurity == 'ssl' else None,
-            self.config.debuglevel, self.without_secrets, account.smtphost,
-            account.smtpport, account.localhostname or HOST)
-        smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return smtp
-
-    def tls(self):
-        account = self.account
-        return tls_context(account.tlscafile, account.tlsverify,
-                           account.smtpweaktls)
-
-    def hello(self):
-        code, text = self.smtp.ehlo()
-        if code >= 500:
-            code, text = self.smtp.helo()
-        if code >= 300:
-            raise OSError('%d %s' % (code, plain(text)))
-
-    def start_tls(self):
-        """Never plain text where TLS was asked for. Raises Trouble."""
-        if not self.smtp.has_extn('starttls'):
-            raise Trouble('%s does not offer STARTTLS: not sent in plain '
-                          'text; smtpsecurity=ssl and port 465, perhaps?'
-                          % self.account.server)
-        self.smtp.starttls(context=self.tls())
-        self.smtp.ehlo()
-
-    def sign_in(self):
-        """One mechanism after the other until one is taken."""
-        answers = []
-        for name in self.mechanisms():
-            code, text = getattr(self, 'auth_' + name.replace('-', '_'))()
-            if code == 235:
-                return
-            answers.append('%s: %d %s' % (
-                name, code, self.without_secrets(plain(text))))
-            try:
-                self.smtp.ehlo()
-            except OSError:
-                break                   # it has hung up
-        raise Trouble('login at %s as %s refused (%s): check smtpusername and '
-                      'smtppassword' % (self.account.server,
-                                        self.account.smtpusername,
-                                        '; '.join(answers)))
-
-    def without_secrets(self, text):
-        """Some servers repeat what they were told."""
-        account = self.account
-        for secret in account.smtppassword, account.poppassword:
-            if len(secret) < 4:
-                continue                # it would veil half of every line
-            for form in (secret, plain(secret), encoded64(secret), encoded64(
-                    '\0%s\0%s' % (account.smtpusername, secret))):
-                text = text.replace(form, '***')
-        return text
-
-    def mechanisms(self):
-        """Names, best first. Raises Trouble."""
-        if self.account.smtpauth != 'auto':
-            return [self.account.smtpauth]
-        offered = self.smtp.esmtp_features.get('auth', '').lower().split()
-        names = [n for n in ('cram-md5', 'plain', 'login') if n in offered]
-        if not names:
-            raise Trouble('%s offers no login that we know (%s)%s' % (
-                self.account.server, ' '.join(offered) or 'none at all',
-                '; smtpsecurity=tls, perhaps?'
-                if self.account.smtpsecurity == 'none' else ''))
-        return names
-
-    def auth_cram_md5(self):
-        import hmac
-        code, challenge = self.smtp.ask('AUTH CRAM-MD5')
-        if code != 334:
-            return code, challenge
-        try:
-            digest = hmac.new(self.account.smtppassword.encode(),
-                              binascii.a2b_base64(challenge), 'md5')
-        except ValueError:
-            return 501, 'its challenge is not base64'
-        return self.smtp.ask(encoded64(
-            self.account.smtpusername + ' ' + digest.hexdigest()))
-
-    def auth_plain(self):
-        return self.smtp.ask('AUTH PLAIN ' + encoded64('\0%s\0%s' % (
-            self.account.smtpusername, self.account.smtppassword)))
-
-    def auth_login(self):
-        """334 by 334: smtplib of early 3.8 mixes up name and password."""
-        answer = self.smtp.ask('AUTH LOGIN')
-        for text in self.account.smtpusername, self.account.smtppassword:
-            if answer[0] == 334:
-                answer = self.smtp.ask(encoded64(text))
-        return answer
-
-    # POP before SMTP.
-
-    def pop_is_due(self):
-        return self.account.popbeforesmtp and (
-            self.lane.clock() - self.lane.pop_login
-            >= self.account.popcheckdelay)
-
-    def sign_in_by_pop(self):
-        """One login for all connections of the account. Raises Trouble."""
-        with self.lane.pop_lock:
-            if not self.pop_is_due():
-                return
-            try:
-                self.pop_login()
-            except Exception as error:
-                raise Trouble(self.without_secrets(
-                    'POP login: %s' % explain(error, '%s:%d' % (
-                        self.account.pophost, self.account.popport)))
-                ) from error
-            log.info('%s: POP login as %s; waiting %d s before SMTP',
-                     self.account.pophost, self.account.popusername,
-                     self.config.waitafterpop)
-            self.lane.pop_login = self.lane.clock()
-            self.pause(self.config.waitafterpop)
-
-    def pop_login(self):
-        account = self.account
-        pop = dialogue('pop', self.tls() if account.popssl else None,
-                       self.config.debuglevel, self.without_secrets,
-                       account.pophost, account.popport)
-        try:
-            pop.user(account.popusername)
-            pop.pass_(account.poppassword)
-            try:
-                pop.quit()
-            except Exception:
-                pass                    # we are known there, that is enough
-        finally:
-            pop.close()
-
-    # The mail.
-
-    def deliver(self, mail, following=lambda: None):
-        """Sends mail; returns its Report. following() is asked for the next
-        Mail, whose envelope then goes along behind this mail's final dot
-        (RFC 2920): upcoming is that mail and must be delivered next."""
-        report, self.mail, self.upcoming = Report(mail.to), mail, None
-        try:
-            if self.offered is not mail:
-                self.connect()
-            if self.transfer_envelope_somehow(mail, report):
-                self.transfer_content(mail, report, following)
-            self.used = True
-        except Trouble as trouble:
-            self.close()
-            report.trouble = trouble if report.open else None
-            report.give_up(str(trouble))
+            raise
         except Exception as error:
             self.close()
             if not isinstance(error, OSError):
                 log.exception('%s: an error of ours', mail.id)
-            report.give_up(explain(error, self.account.server))
+            report = smtps.Report(mail.to)
+            report.error = error
+        if report.error:
+            report.give_up(explain(report.error, self.account.server))
         return report
 
-    def transfer_envelope_somehow(self, mail, report):
+    def _send(self, envelope, header, body, following):
         """On the connection we have or, if the server has closed that
-        meanwhile, on a new one. Raises Trouble, OSError."""
-        try:
-            return self.transfer_envelope(mail, report)
-        except OSError as error:
-            if not self.used or len(report.open) < len(mail.to):
-                self.blame(error)
-        self.close()
-        self.connect()
-        try:
-            return self.transfer_envelope(mail, report)
-        except OSError as error:
-            self.blame(error)
-
-    def blame(self, error):
-        """A server that ends a fresh connection before it has seen more than
-        a sender has trouble of its own; else the mail may be the cause."""
-        if isinstance(error, Closing):
-            raise Trouble(explain(error, self.account.server))
-        raise error
-
-    def transfer_envelope(self, mail, report):
-        """MAIL, RCPT, DATA; True if the server wants the content."""
-        if self.needs_utf8(mail) and not self.smtp.has_extn('smtputf8'):
-            report.settle_all(550, '5.6.7 needs SMTPUTF8, which %s does not '
-                              'offer' % self.account.server)
-            return False
-        commands, clean = self.commands(mail), not self.unfinished
-        if self.pipelining:
-            if self.offered is not mail:
-                self.send(b''.join(commands), True)
-            self.offered = None
-            replies = self.replies_to(commands)
-        else:
-            replies = self.one_by_one(commands)
-        replies = replies if clean else replies[1:]
-        self.unfinished = True
-        return self.judge_envelope(mail, report, replies)
-
-    def replies_to(self, commands):
-        """[(code, text)] of pipelined commands."""
-        replies = []
-        for command in commands:
+        meanwhile, on a new one. Raises AccountUnavailable, OSError."""
+        while True:
+            self._connect()
+            is_new = not self._delivery.used
             try:
-                replies.append(self.reply())
-            except Closing as error:
-                if command[:4] in (b'RCPT', b'DATA'):
-                    raise OSError(str(error))
-                raise
-        return replies
+                return self._delivery.send(
+                    envelope, header, body, self._ahead(following))
+            except smtps.ServiceUnavailable as error:
+                if is_new:
+                    raise AccountUnavailable(
+                        explain(error, self.account.server)) from error
+            except OSError:
+                if is_new:
+                    raise
 
-    def one_by_one(self, commands):
-        """Replies to commands, for servers without PIPELINING; what makes no
-        sense after a refusal is not asked for."""
-        replies, refused, accepted = [], False, False
-        for command in commands:
-            verb = command[:4]
-            if verb == b'RCPT' and refused or (
-                    verb == b'DATA' and not accepted):
-                replies.append((503, 'not asked'))
-                continue
-            self.send(command, True)
-            replies += self.replies_to([command])
-            fine = replies[-1][0] < 300
-            refused = refused or verb == b'MAIL' and not fine
-            accepted = accepted or verb == b'RCPT' and fine
-        return replies
-
-    def judge_envelope(self, mail, report, replies):
-        (code, text), *recipients, data = replies
-        if code >= 300:
-            report.settle_all(code, text)
-        for recipient, reply in zip(mail.to, recipients if code < 300 else ()):
-            if reply[0] >= 300:
-                report.settle(recipient, *reply)
-        if data[0] == 354:
-            if not report.open:         # RFC 2920 3.1: it may want nothing
-                self.send(b'.\r\n')
-                self.reply()
-            self.unfinished = False
-        elif data[0] < 400:
-            raise OSError('DATA was answered %d %s' % data)
-        else:
-            report.settle_all(*data)
-        return bool(report.open)
-
-    def transfer_content(self, mail, report, following):
-        """Header, body and final dot, then perhaps the next envelope."""
-        if self.pipelining:
+    def _ahead(self, following):
+        """following() in the words of smtps. A POP login may have to come
+        before the next mail, so then no envelope goes ahead."""
+        def next_envelope():
             self.upcoming = following()
-        behind = b''
-        if self.upcoming and not self.account.popbeforesmtp and (
-                self.smtp.has_extn('smtputf8')
-                or not self.needs_utf8(self.upcoming)):
-            behind = b''.join(self.commands(self.upcoming))
-        try:
-            self.send_file(mail, dress(mail, self.account), behind)
-        except ConnectionError as error:
-            self.hear_why(report, error)
-            return
-        self.offered = self.upcoming if behind else None
-        reply = self.reply(DOT_TIME, final=True)
-        if 300 <= reply[0] < 400:
-            raise OSError('the final dot was answered %d %s' % reply)
-        report.settle_all(*reply)
-        if reply[0] == 421:
-            self.close()
+            return self.upcoming and envelope_of(*self.upcoming)
+        return None if self.account.popbeforesmtp else next_envelope
 
-    def send_file(self, mail, header, behind):
-        body, dot = mail.body, mail.dot
-        if dot <= len(mail.data):
-            self.send(header + mail.data[body:dot] + behind)
-            return
-        self.send(header)
-        with open(mail.path, 'rb') as file:
-            if self.smtp.sock.sendfile(file, body, dot - body) < dot - body:
-                raise OSError('the file of this mail has become shorter')
-        self.send(behind)
+    # Getting there.
 
-    def hear_why(self, report, error):
-        """A server that refuses in the middle of a mail says so first."""
-        try:
-            code, text = self.reply(CONNECT_TIME, final=True)
-        except OSError:
-            raise error
-        if code < 400:
-            raise error
-        report.settle_all(code, text)
+    def _connect(self):
+        """Raises AccountUnavailable."""
+        if self.connected and not self.sign_in.pop_is_due():
+            return
         self.close()
+        self.sign_in.by_pop(self.config)
+        for stage, step in (('connect', self._open), ('EHLO', self._hello),
+                            ('STARTTLS', self._start_tls),
+                            ('login', self._log_in)):
+            try:
+                step()
+            except AccountUnavailable:
+                raise
+            except Exception as error:
+                raise self._unavailable(stage, error) from error
 
-    def send(self, data, commands=False):
-        if commands and self.config.debuglevel:
-            log.info('smtp %s: send: %s', self.account.smtphost, plain(data))
-        if self.smtp.sock.gettimeout() < REPLY_TIME - 1:
-            self.smtp.sock.settimeout(REPLY_TIME)
-        self.smtp.sock.sendall(data)
+    def _open(self):
+        account = self.account
+        # Without a name of its own smtplib looks one up, which can take long.
+        self._delivery = smtps.Delivery(
+            account.smtphost, account.smtpport, account.localhostname or HOST,
+            context_of(account) if account.smtpsecurity == 'ssl' else None,
+            self.sign_in.redact, self.config.debuglevel)
 
-    def reply(self, seconds=None, final=False):
-        """(code, text in one line). Raises OSError; Closing on a 421, unless
-        it is final: the verdict on a mail."""
-        self.smtp.reply_time = seconds or REPLY_TIME
-        code, text = self.smtp.getreply()
-        text = self.without_secrets(plain(text))
-        if code == 421 and not final:
-            raise Closing('421 ' + text)
-        return code, text
+    def _hello(self):
+        self._delivery.hello()
 
-    def needs_utf8(self, mail):
-        """RFC 6531: something that only an SMTPUTF8 server understands."""
-        addresses = ''.join([envelope_sender(mail, self.account)] + mail.to)
-        return not addresses.isascii() or (
-            'SMTPUTF8' in mail.parameters and not mail.header().isascii())
+    def _start_tls(self):
+        """Never plain text where TLS was asked for."""
+        if self.account.smtpsecurity != 'tls':
+            return
+        if self._delivery.offers('starttls') is None:
+            raise AccountUnavailable(
+                '%s does not offer STARTTLS: not sent in plain text; '
+                'smtpsecurity=ssl and port 465, perhaps?'
+                % self.account.server)
+        self._delivery.start_tls(context_of(self.account))
 
-    def commands(self, mail):
-        """The envelope as command lines (bytes)."""
-        options = ''
-        if 'BODY' in mail.parameters and self.smtp.has_extn('8bitmime'):
-            options += ' BODY=' + mail.parameters['BODY'].upper()
-        if self.needs_utf8(mail):
-            options += ' SMTPUTF8'
-        lines = ['RSET'] if self.unfinished else []
-        lines.append('MAIL FROM:<%s>%s' % (
-            envelope_sender(mail, self.account), options))
-        lines += ['RCPT TO:<%s>' % address for address in mail.to]
-        return [line.encode() + b'\r\n' for line in lines + ['DATA']]
+    def _log_in(self):
+        self.sign_in.by_auth(self._delivery)
+
+    def _unavailable(self, stage, error):
+        """An AccountUnavailable that says what happened where."""
+        trouble = AccountUnavailable('%s: %s%s' % (
+            stage, explain(error, self.account.server),
+            port_advice(self.account)))
+        trouble.absent = stage == 'connect' and is_absence(error)
+        return trouble
 
     def close(self, politely=False):
-        smtp, self.smtp, self.offered = self.smtp, None, None
-        self.unfinished = False
-        if smtp is None:
-            return
-        try:
-            if politely:
-                smtp.reply_time = 5
-                smtp.quit()
-        except OSError:
-            pass
-        smtp.close()
-
-
-# TEMPORARY until the new Courier is merged
-AccountUnavailable = Trouble
-smtps.Report = Report
-OldCourier = Courier
-
-
-class SignIn:
-    def __init__(self, account, clock):
-        self.clock = clock
-        self.pop_login = -LONGEST_WAIT * 24.0
-        self.pop_lock = threading.Lock()
-
-
-class Courier(OldCourier):
-    own = None
-
-    def deliver(self, mail, account, following):
-        own = self.account
-        if self.own and self.own is not mail: pass
-        self.account = account
-        def nxt():
-            f = following()
-            self._up = f
-            return f and f[0]
-        try:
-            report = OldCourier.deliver(self, mail, nxt)
-        finally:
-            self.account = own
-        if report.trouble:
-            raise report.trouble
-        self.upcoming = self._up if self.upcoming else None
-        return report
-
-    _up = None
-
-    def look(self):
-        try:
-            socket.create_connection((self.account.smtphost, self.account.smtpport), CONNECT_TIME).close()
-        except OSError as error:
-            trouble = Trouble('connect: ' + explain(error, self.account.server))
-            trouble.absent = True
-            raise trouble
+        """Ends the connection; may be called at any time."""
+        delivery, self._delivery = self._delivery, None
+        if delivery:
+            delivery.close(politely)
 
 
 # --- Relay: when each mail is tried, and what a failure means ----------------
@@ -3163,7 +2842,7 @@ class Proxy:
             tls = listener_tls(config)
         return smtps.Limits(
             config.maxsize, config.maxconnections, config.timeout,
-            Networks(config.allow).__contains__, tls)
+            smtps.Networks(config.allow).__contains__, tls)
 
     # What --check tries without starting.
 
@@ -3242,7 +2921,7 @@ class Proxy:
             if getattr(new.config, key) != getattr(self.started, key):
                 log.warning('[config] %s has changed: that needs a restart',
                             key)
-        tls_context.cache_clear()
+        smtps.client_context.cache_clear()
         open_log(new)
         self.settings, self.handlers = new, Handlers(new)
         self.server.limits = limits
@@ -3273,16 +2952,8 @@ def glob_below(folder, file):
 def listener_tls(config):
     """The ssl.SSLContext for clients. Raises StartError."""
     try:
-        import ssl
-        import warnings
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        if config.tlsweak:
-            with warnings.catch_warnings():
-                warnings.simplefilter('ignore', DeprecationWarning)
-                context.minimum_version = ssl.TLSVersion.TLSv1
-            context.set_ciphers('DEFAULT:@SECLEVEL=0')
-        context.load_cert_chain(config.tlscert, config.tlskey, password='')
-        return context
+        return smtps.server_context(config.tlscert, config.tlskey,
+                                    config.tlsweak)
     except ImportError as error:
         raise StartError(missing_module(error))
     except (OSError, ValueError) as error:
@@ -3421,8 +3092,8 @@ def show(settings, options):
     for mail in mails(command_spool(settings)):
         if mail.id == options.show:
             account = settings.account_for(mail.frm) or Account()
-            header = unstuffed(dress(mail, account))
-            sys.stdout.buffer.write(header + mail.msg[split_header(
+            header = smtps.unstuffed(dress(mail, account))
+            sys.stdout.buffer.write(header + mail.msg[smtps.split_header(
                 mail.msg):])
             sys.stdout.flush()
             return 0
@@ -3461,8 +3132,8 @@ class TestMail(Mail):
         from email import message_from_bytes
         from email.utils import getaddresses
         headers = message_from_bytes(message)
-        self.id, self.data, self.start = 'test', stuffed(message), 0
-        self.body, self.dot = split_header(self.data), len(self.data) + 3
+        self.id, self.data, self.start = 'test', smtps.stuffed(message), 0
+        self.body, self.dot = smtps.split_header(self.data), len(self.data) + 3
         self._msg = message
         addresses = [[Address(a) for _, a in getaddresses(
             headers.get_all(name, [])) if a] for name in ('from', 'to')]
@@ -3509,7 +3180,7 @@ def demo(options):
         say('the mail did not arrive; the log above should say why')
         return 1
     print('\nThe provider took it after the POP login; what arrived:\n')
-    for line in unstuffed(arrived).decode().splitlines():
+    for line in smtps.unstuffed(arrived).decode().splitlines():
         print('  | ' + line)
     return 0
 
@@ -3556,7 +3227,7 @@ class DemoPop(threading.Thread):
         with client, client.makefile('rwb', 0) as file:
             file.write(b'+OK demo POP3 server\r\n')
             for line in file:
-                print('  pop: ' + plain(line), flush=True)
+                print('  pop: ' + smtps.plain(line), flush=True)
                 self.signed_in |= line == b'PASS secret\r\n'
                 file.write(b'+OK\r\n')
 

@@ -1,6 +1,9 @@
 #!/usr/bin/env python3
-"""A threaded SMTP listener (RFC 5321) as a library. It knows nothing of
-proxying, ini files or spools: whoever uses it derives from Session.
+r"""SMTP (RFC 5321) as a library, both ends: a threaded listener that takes
+mail, and a client that delivers it. It knows nothing of proxying, accounts,
+ini files or spools.
+
+To take mail, derive from Session:
 
     server = smtps.Server(MySession)
     server.listen('', 2525)
@@ -8,11 +11,25 @@ proxying, ini files or spools: whoever uses it derives from Session.
     ...
     server.stop()
 
+To deliver mail:
+
+    delivery = smtps.Delivery('mail.example.org', 25, 'box.example.org')
+    delivery.hello()
+    envelope = smtps.Envelope('me@example.org', ['you@example.org'])
+    report = delivery.send(
+        envelope, b'Subject: hello\r\n', smtps.stuffed(b'\nIt works.\n'))
+    delivery.close(politely=True)
+    print('sent', report.sent, 'later', report.later, 'never', report.never)
+
     Server      sockets, threads and limits
     Connection  one conversation: the verbs, in the client's order
     DataReader  finds the end of DATA and makes every line end CRLF
     Session     the hooks: what the program thinks of all this
     Refused     how a hook says no
+    Delivery    the client's end: one connection to a mail server
+    Envelope    who sends a mail, to whom, with which parameters
+    Report      what became of each recipient
+    Networks    the clients that may come in
 
 How the threads work. A thread per connection spends its time handing
 CPython's interpreter lock around, and most of a conversation is waiting. So
@@ -262,11 +279,7 @@ class DataReader:
             b'\r\n.', self.LINE_END.sub(b'\r\n', piece))
 
 
-# --- Connection: one conversation -------------------------------------------
-
-VERBS = ('HELO', 'EHLO', 'MAIL', 'RCPT', 'DATA', 'RSET', 'NOOP', 'VRFY',
-         'EXPN', 'HELP', 'AUTH', 'STARTTLS', 'QUIT')
-WEB = ('GET', 'POST', 'HEAD', 'PUT', 'OPTIONS', 'CONNECT')
+# --- Wire: addresses, headers and bytes, for both ends ----------------------
 
 # The keywords of registered extensions: what is not offered is taken and
 # ignored, since many devices send what some other server once asked for.
@@ -321,6 +334,131 @@ def parse_parameters(words):
 def printable(text):
     """text as it may stand in a reply or a log line."""
     return ''.join(c if ' ' < c < '\x7f' else '?' for c in text)[:64]
+
+
+def plain(reply):
+    """A server's reply (bytes or str) in one line for the log."""
+    if isinstance(reply, bytes):
+        reply = reply.decode('utf-8', 'replace')
+    return ' '.join(''.join(c if c.isprintable() else ' ' for c in reply)
+                    .split())[:400]
+
+
+@functools.lru_cache(32)
+def fields_named(*names):
+    """A pattern for whole header fields, folded lines included."""
+    return re.compile(rb'^(?:%s)[ \t]*:.*\r\n(?:[ \t].*\r\n)*' % '|'.join(
+        names).encode(), re.IGNORECASE | re.MULTILINE)
+
+
+def split_header(content):
+    """Where the body of a mail (bytes) begins, at its empty line."""
+    end = content.find(b'\r\n\r\n')
+    return 0 if content.startswith(b'\r\n') else (
+        end + 2 if end >= 0 else len(content))
+
+
+def stuffed(message):
+    """A message (bytes, any line ends) as on the wire, without final dot."""
+    lines = DataReader.LINE_END.sub(b'\r\n', message)
+    if not lines.endswith(b'\r\n'):
+        lines += b'\r\n'
+    return (b'\r\n' + lines).replace(b'\r\n.', b'\r\n..')[2:-2] + b'\r\n'
+
+
+def unstuffed(content):
+    """The message that content is on the wire."""
+    return (b'\r\n' + content).replace(b'\r\n.', b'\r\n')[2:]
+
+
+def encoded64(text):
+    """A str in base64 (str)."""
+    return binascii.b2a_base64(text.encode(), newline=False).decode()
+
+
+def decode64(text):
+    """The str that text stands for in base64; '=' is the empty one (RFC 4954
+    section 4). Some devices leave the padding out. Raises Refused."""
+    try:
+        return binascii.a2b_base64(text.strip('= \t') + '==').decode(
+            'utf-8', 'surrogateescape')
+    except ValueError:
+        raise Refused(501, '5.5.2 that is not base64')
+
+
+class Networks:
+    """The clients that may come in: 'address in Networks(text)'. text: str,
+    networks in CIDR, separated by commas or blanks, or 'any'. Raises
+    ValueError."""
+
+    def __init__(self, text):
+        import ipaddress
+        self._address = functools.lru_cache(256)(ipaddress.ip_address)
+        words = text.replace(',', ' ').split()
+        self._all = [word.lower() for word in words] == ['any']
+        if not words:
+            raise ValueError('is empty')
+        self._networks = [] if self._all else [
+            ipaddress.ip_network(word, strict=False) for word in words]
+
+    def __contains__(self, address):
+        address = self._address(address)
+        address = getattr(address, 'ipv4_mapped', None) or address
+        return self._all or any(address in n for n in self._networks)
+
+
+CA_FILES = ('/etc/ssl/certs/ca-certificates.crt', '/etc/ssl/cert.pem',
+            '/opt/etc/ssl/certs/ca-certificates.crt',
+            '/etc/pki/tls/certs/ca-bundle.crt', '/etc/ssl/ca-bundle.pem')
+
+
+@functools.lru_cache(None)
+def client_context(cafile='', verify=True, weak=False):
+    """The ssl.SSLContext for a server. cafile: path of the PEM file of the
+    CAs to trust, '' for the system's; verify: certificate and host name; weak:
+    TLS 1.0 and old ciphers will do. One costs a megabyte, so there is one of a
+    kind. Raises ImportError, OSError."""
+    import ssl
+    context = ssl.create_default_context(cafile=cafile or None)
+    if cafile:
+        # Private CAs often lack what Python 3.13's strict mode asks for.
+        context.verify_flags &= ~getattr(ssl, 'VERIFY_X509_STRICT', 0)
+    elif not context.cert_store_stats()['x509_ca']:
+        for name in filter(os.path.exists, CA_FILES):
+            context.load_verify_locations(name)
+    if not verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if weak:
+        _weaken(context)
+    return context
+
+
+def server_context(certificate, key, weak=False):
+    """The ssl.SSLContext for clients. certificate, key: paths of PEM files.
+    Raises ImportError, OSError, ValueError."""
+    import ssl
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    if weak:
+        _weaken(context)
+    context.load_cert_chain(certificate, key, password='')
+    return context
+
+
+def _weaken(context):
+    import ssl
+    import warnings
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', DeprecationWarning)
+        context.minimum_version = ssl.TLSVersion.TLSv1
+    context.set_ciphers('DEFAULT:@SECLEVEL=0')
+
+
+# --- Connection: one conversation -------------------------------------------
+
+VERBS = ('HELO', 'EHLO', 'MAIL', 'RCPT', 'DATA', 'RSET', 'NOOP', 'VRFY',
+         'EXPN', 'HELP', 'AUTH', 'STARTTLS', 'QUIT')
+WEB = ('GET', 'POST', 'HEAD', 'PUT', 'OPTIONS', 'CONNECT')
 
 
 class Connection:
@@ -715,16 +853,6 @@ class Connection:
         return decode64(answer)
 
 
-def decode64(text):
-    """The str that text stands for in base64; '=' is the empty one (RFC 4954
-    section 4). Some devices leave the padding out. Raises Refused."""
-    try:
-        return binascii.a2b_base64(text.strip('= \t') + '==').decode(
-            'utf-8', 'surrogateescape')
-    except ValueError:
-        raise Refused(501, '5.5.2 that is not base64')
-
-
 # --- Server: sockets and threads --------------------------------------------
 
 class Server:
@@ -1036,6 +1164,434 @@ class Server:
             time.sleep(0.1)
         with contextlib.suppress(OSError):
             self._spare = open(os.devnull, 'rb', 0)
+
+
+# --- Delivery: the client's end ---------------------------------------------
+
+CONNECT_TIME = 30       # seconds; so long a server has to answer a connection
+REPLY_TIME = 60         # seconds for a whole reply
+DOT_TIME = 600          # seconds; RFC 5321 4.5.3.2.6: no second copies
+QUIT_TIME = 5           # seconds for a goodbye that nothing depends on
+REPLY_SIZE = 65536      # bytes of a whole reply
+
+NOT_ASKED = 503, 'not asked for'
+
+
+class ServiceUnavailable(OSError):
+    """The server said 421 before it knew more of a mail than the sender: it
+    has trouble of its own."""
+
+
+class Envelope(NamedTuple):
+    """sender: str, '' for the null sender; recipients: list of str, both
+    bare addresses; parameters of MAIL: dict of upper-case keyword -> str. BODY
+    goes along if the server offers 8BITMIME. SMTPUTF8 says that the header
+    needs it; that an address does is seen."""
+    sender: str
+    recipients: list
+    parameters: dict = {}
+
+    def needs_utf8(self):
+        """RFC 6531: something that only an SMTPUTF8 server understands."""
+        return 'SMTPUTF8' in self.parameters or not (
+            self.sender + ''.join(self.recipients)).isascii()
+
+
+class FilePart(NamedTuple):
+    """The bytes from start to end (int) of a binary file that is open."""
+    file: object
+    start: int
+    end: int
+
+
+class Report:
+    """What became of each recipient at one attempt.
+
+    sent, later, never: {recipient: reply (str)}: accepted; refused for now;
+    refused for good. open: list of those without a verdict yet. error: None,
+    or the OSError that ended the connection before all had theirs."""
+
+    def __init__(self, recipients):
+        self.open, self.error = list(recipients), None
+        self.sent, self.later, self.never = {}, {}, {}
+
+    def settle(self, recipient, code, text):
+        """Files a recipient under what the code means."""
+        verdict = self.sent if 200 <= code < 300 else (
+            self.never if 500 <= code < 600 else self.later)
+        verdict[recipient] = '%d %s' % (code, text)
+        self.open.remove(recipient)
+
+    def settle_all(self, code, text):
+        """The same for all that are open."""
+        for recipient in self.open[:]:
+            self.settle(recipient, code, text)
+
+    def give_up(self, text):
+        """What is still open has to be tried again."""
+        for recipient in self.open:
+            self.later[recipient] = text
+        self.open = []
+
+
+class BoundedReader:
+    """A server's lines, bounded in time and size. It takes the place of the
+    socket's file in smtplib, and in poplib as well: their own waits for each
+    byte anew, so a server that trickles would keep them for ever."""
+
+    def __init__(self, sock):
+        self._sock, self._buffer = sock, b''
+        self.expect(REPLY_TIME)
+
+    def expect(self, seconds):
+        """A whole reply has to be there in so many seconds."""
+        self._deadline = time.monotonic() + seconds
+        self._budget = REPLY_SIZE
+
+    def readline(self, limit=8192):
+        """The next line (bytes) with its end; without one if it has more than
+        limit bytes or the connection ends. Raises OSError: socket.timeout, or
+        the reply is too large."""
+        while b'\n' not in self._buffer and len(self._buffer) < limit:
+            received = self._receive()
+            if not received:
+                break
+            self._buffer += received
+        end = self._buffer.find(b'\n') + 1 or len(self._buffer)
+        line, self._buffer = self._buffer[:end], self._buffer[end:]
+        self._budget -= len(line)
+        if self._budget < 0:
+            raise OSError('the reply does not end')
+        return line
+
+    def _receive(self):
+        """The next bytes; b'' is the end of the connection."""
+        while True:
+            left = self._deadline - time.monotonic()
+            if left <= 0:
+                raise socket.timeout('timed out')
+            limit_wait(self._sock, min(left, REPLY_TIME))
+            try:
+                return self._sock.recv(4096)
+            except socket.timeout as error:
+                if error.errno:         # the system's: the other end is gone
+                    raise
+
+    def close(self):
+        """The socket is closed by its owner."""
+
+
+def limit_wait(sock, seconds):
+    """A call to the socket may wait about so long: to be exact to a second
+    would cost a system call each time."""
+    if abs(sock.gettimeout() - seconds) > 1:
+        sock.settimeout(seconds)
+
+
+class SmtpDialogue:
+    """Mixed into smtplib's classes: replies are bounded, and the dialogue
+    goes to our log, without secrets."""
+
+    def __init__(self, host, port, name, redact, debuglevel, **tls):
+        # The constructor of smtplib connects, and that uses these.
+        self.redact, self.debuglevel = redact, debuglevel
+        self.secret, self.reply_time = False, None
+        super().__init__(host, port, name, timeout=CONNECT_TIME, **tls)
+
+    def getreply(self):
+        if self.file is None:
+            self.file = BoundedReader(self.sock)
+        self.file.expect(self.reply_time or REPLY_TIME)
+        code, text = super().getreply()
+        if not 200 <= code < 600:
+            self.close()
+            raise OSError('the reply is not SMTP: %s'
+                          % self.redact(plain(text))[:80])
+        return code, text
+
+    def _print_debug(self, *arguments):
+        if self.secret and arguments[0] == 'send:':
+            arguments = 'send:', '***'
+        log.info('smtp %s: %s', self._host, self.redact(
+            ' '.join(map(str, arguments))))
+
+
+@functools.lru_cache(None)
+def dialogue_class(secure):
+    """Made when first needed, since smtplib alone costs a small box nine
+    megabytes. secure: TLS from the first byte."""
+    import smtplib
+    return type('Smtp', (SmtpDialogue, smtplib.SMTP_SSL if secure
+                         else smtplib.SMTP), {})
+
+
+class Delivery:
+    """One connection to a mail server, for one mail after the other. In this
+    order: hello(), start_tls() and ask() for a login if needed, send() for
+    each mail, close().
+
+    What it promises on failure. Each recipient of a mail has one verdict, and
+    only the server's replies make one. If send() raises OSError, the
+    connection ended before any of the content was sent: nobody has got the
+    mail, and another connection may try at once. A server likes to close one
+    that was idle (see used). If it ends later, the Report has the verdicts
+    that were heard, and error: the rest is open, and the server may have taken
+    the mail all the same; a second try may be a second copy. After any
+    exception the connection is closed; close() is right at any time. No reply
+    is waited for longer than REPLY_TIME seconds, that to the final dot
+    DOT_TIME, and none may be larger than REPLY_SIZE bytes.
+
+    If the server offers PIPELINING (RFC 2920), the envelope is one packet, and
+    that of the next mail goes right behind the final dot of this one: a mail
+    costs one round trip instead of four. An envelope that is under way can't
+    be taken back. So what following() returned must be sent next.
+
+    used: bool, a mail has gone this way, be it refused."""
+
+    def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0):
+        """Connects and hears the greeting. host, name (for EHLO): str; tls:
+        an ssl.SSLContext if TLS begins at once; redact: callable(str) -> str,
+        takes secrets out of what the server says; debuglevel: 1 or more logs
+        the dialogue at INFO. Raises OSError, ValueError or LookupError (an
+        impossible host name), ImportError."""
+        self._host, self._port = host, port
+        self._redact, self._debuglevel = redact, debuglevel
+        extra = {'context': tls} if tls else {}
+        self._smtp = dialogue_class(tls is not None)(
+            host, port, name, redact, debuglevel, **extra)
+        self._smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._under_way = None      # the Envelope behind the last final dot
+        self._unfinished = False    # a transaction needs RSET
+        self.used = False
+
+    @property
+    def connected(self):
+        return self._smtp is not None
+
+    # Before the mail.
+
+    def hello(self):
+        """EHLO, or HELO if it must be. Raises OSError."""
+        code, text = self._smtp.ehlo()
+        if code >= 500:
+            code, text = self._smtp.helo()
+        if code >= 300:
+            raise OSError('%d %s' % (code, plain(text)))
+
+    def offers(self, extension):
+        """What EHLO said behind that word (str), or None."""
+        return self._smtp.esmtp_features.get(extension.lower())
+
+    def start_tls(self, context):
+        """STARTTLS and a new EHLO. Raises OSError if it is not to be had:
+        never go on in plain text then."""
+        self._smtp.starttls(context=context)
+        self._smtp.ehlo()
+
+    def ask(self, line):
+        """Sends one line (str) of a login, never shown in the log; returns
+        the reply's (code, text as bytes). Raises OSError."""
+        self._smtp.secret = True
+        try:
+            return self._smtp.docmd(line)
+        finally:
+            self._smtp.secret = False
+
+    # The mail.
+
+    def send(self, envelope, header, body, following=None):
+        """Sends one mail; returns its Report, raises OSError (see above).
+
+        header: bytes, its lines as on the wire; body: bytes or FilePart, as
+        on the wire (dots doubled, no final dot), from the empty line on.
+        following: callable() -> the Envelope of the mail that will be sent
+        next, or None; asked once, when the server wants this mail's content.
+        """
+        if not self.connected:
+            raise OSError('the connection is closed')
+        report = Report(envelope.recipients)
+        if not self._understands(envelope):
+            report.settle_all(550, '5.6.7 needs SMTPUTF8, which %s:%d does '
+                              'not offer' % (self._host, self._port))
+            return report
+        replies = self._begin(envelope)
+        try:
+            if self._wants_content(report, *replies):
+                self._unfinished = False
+                self._finish(report, header, body, following)
+            self.used = True
+        except OSError as error:
+            self.close()
+            report.error = error
+        except Exception:
+            self.close()
+            raise
+        return report
+
+    def _understands(self, envelope):
+        return (not envelope.needs_utf8()
+                or self.offers('smtputf8') is not None)
+
+    def _begin(self, envelope):
+        """MAIL, RCPT, DATA; returns the replies: MAIL's, a list of RCPT's,
+        DATA's. Raises OSError."""
+        try:
+            if self._under_way not in (None, envelope):
+                raise ValueError('the envelope of another mail is under way')
+            if self._unfinished:
+                self._command(b'RSET\r\n', ServiceUnavailable)
+            self._unfinished = True
+            if self.offers('pipelining') is None:
+                return self._one_by_one(*self._commands(envelope))
+            if self._under_way is None:
+                self._send(self._packet(envelope))
+            self._under_way = None
+            return (self._reply(ServiceUnavailable),
+                    [self._reply() for _ in envelope.recipients],
+                    self._reply())
+        except Exception:
+            self.close()
+            raise
+
+    def _one_by_one(self, mail, recipients, data):
+        """Without PIPELINING. What makes no sense after a refusal is not
+        asked for."""
+        reply = self._command(mail, ServiceUnavailable)
+        if reply[0] >= 300:
+            return reply, [], NOT_ASKED
+        replies = [self._command(recipient) for recipient in recipients]
+        if all(code >= 300 for code, _ in replies):
+            return reply, replies, NOT_ASKED
+        return reply, replies, self._command(data)
+
+    def _commands(self, envelope):
+        """The envelope as command lines (bytes): MAIL, [RCPT], DATA."""
+        mail = 'MAIL FROM:<%s>' % envelope.sender
+        body = envelope.parameters.get('BODY')
+        if body is not None and self.offers('8bitmime') is not None:
+            mail += ' BODY=' + body.upper()
+        if envelope.needs_utf8():
+            mail += ' SMTPUTF8'
+        lines = [mail] + ['RCPT TO:<%s>' % address
+                          for address in envelope.recipients]
+        if any('\r' in line or '\n' in line for line in lines):
+            raise ValueError('an address with a line end')
+        mail, *recipients = [line.encode() + b'\r\n' for line in lines]
+        return mail, recipients, b'DATA\r\n'
+
+    @staticmethod
+    def _wants_content(report, mail, recipients, data):
+        """Files those who were refused; True if the server waits for the
+        content. Raises OSError if the replies make no sense."""
+        if mail[0] >= 300:
+            report.settle_all(*mail)
+        for recipient, reply in zip(report.open[:], recipients):
+            if reply[0] >= 300:
+                report.settle(recipient, *reply)
+        if data[0] == 354:
+            return True
+        if data[0] < 400:
+            raise OSError('DATA was answered %d %s' % data)
+        report.settle_all(*data)
+        return False
+
+    def _finish(self, report, header, body, following):
+        """The content and its verdict. Raises OSError."""
+        if not report.open:             # RFC 2920 3.1: 354 for nobody
+            self._send(b'.\r\n')
+            self._reply()
+            return
+        ahead = self._ask_ahead(following)
+        try:
+            self._send_content(header, body, b'.\r\n' + ahead)
+        except ConnectionError as error:
+            self._hear_why(report, error)
+            return
+        reply = self._any_reply(DOT_TIME)
+        if 300 <= reply[0] < 400:
+            raise OSError('the final dot was answered %d %s' % reply)
+        report.settle_all(*reply)
+        if reply[0] == 421:
+            self.close()
+
+    def _ask_ahead(self, following):
+        """The next envelope (bytes), to go behind the final dot."""
+        if following is None or self.offers('pipelining') is None:
+            return b''
+        envelope = following()
+        if envelope is None or not self._understands(envelope):
+            return b''
+        packet, self._under_way = self._packet(envelope), envelope
+        return packet
+
+    def _send_content(self, header, body, end):
+        if not isinstance(body, FilePart):
+            self._send(header + body + end)
+            return
+        self._send(header)
+        size = body.end - body.start
+        if self._smtp.sock.sendfile(body.file, body.start, size) < size:
+            raise OSError('the file of this mail has become shorter')
+        self._send(end)
+
+    def _hear_why(self, report, error):
+        """A server that refuses in the middle of a mail says so first; else
+        raises error."""
+        try:
+            code, text = self._any_reply(CONNECT_TIME)
+        except OSError:
+            raise error
+        if code < 400:
+            raise error
+        report.settle_all(code, text)
+        self.close()
+
+    # Bytes out and in.
+
+    def _packet(self, envelope):
+        """The whole envelope (bytes)."""
+        mail, recipients, data = self._commands(envelope)
+        packet = b''.join([mail, *recipients, data])
+        self._show(packet)
+        return packet
+
+    def _command(self, line, closing=OSError):
+        self._show(line)
+        self._send(line)
+        return self._reply(closing)
+
+    def _show(self, commands):
+        if self._debuglevel:
+            log.info('smtp %s: send: %s', self._host, plain(commands))
+
+    def _send(self, data):
+        limit_wait(self._smtp.sock, REPLY_TIME)
+        self._smtp.sock.sendall(data)
+
+    def _reply(self, closing=OSError):
+        """(code, text in one line). Raises OSError; closing on a 421."""
+        code, text = self._any_reply()
+        if code == 421:
+            raise closing('421 ' + text)
+        return code, text
+
+    def _any_reply(self, seconds=None):
+        self._smtp.reply_time = seconds
+        code, text = self._smtp.getreply()
+        return code, self._redact(plain(text))
+
+    def close(self, politely=False):
+        """politely: with QUIT, and a short wait for the answer."""
+        smtp, self._smtp, self._under_way = self._smtp, None, None
+        if smtp is None:
+            return
+        try:
+            if politely:
+                smtp.reply_time = QUIT_TIME
+                smtp.quit()
+        except OSError:
+            pass
+        smtp.close()
 
 
 # --- Alone: print what comes ------------------------------------------------

@@ -1,11 +1,13 @@
-"""Courier: one account's way out, against servers that follow a script. What
-becomes of a mail that it could not deliver is in test_relay.py."""
+"""Advice, Sign-in and Courier: one account's way out, against servers that
+follow a script. The protocol of a delivery is in test_delivery.py, what
+becomes of a mail that could not be delivered in test_relay.py."""
 import base64
 import ssl
 import unittest
 from unittest import mock
 
 import smtpproxy
+import smtps
 from tests.case import A, B, SENDER, FolderCase
 from tests.fakes import (
     CERTIFICATE, DROP, EXTENSIONS, Clock, FakePOP, FakeSMTP, server_tls,
@@ -16,17 +18,20 @@ USER, PASSWORD = 'me', 'geheim%%'
 USERS = {USER: PASSWORD}
 LOGIN = {'smtpusername': USER, 'smtppassword': PASSWORD}
 TRUST = {'tlscafile': CERTIFICATE}
-PLAIN = tuple(x for x in EXTENSIONS if x != 'PIPELINING')
 HELLO = b'Subject: test\r\n\r\nhello\r\n'
 
 
-def waiting(conversation):
-    """What the client has sent behind the command that is being answered."""
-    conversation.socket.settimeout(0)
-    try:
-        return conversation.file.peek()
-    finally:
-        conversation.socket.settimeout(None)
+def said(outcome):
+    """All that a report or an exception says."""
+    return str(outcome) + str(vars(outcome))
+
+
+def drop_after(reply):
+    """An action: closes right behind this reply."""
+    def action(conversation):
+        conversation.say(reply)
+        raise ConnectionError('dropped')
+    return action
 
 
 class CourierCase(FolderCase):
@@ -62,25 +67,36 @@ class CourierCase(FolderCase):
                      'localhostname': 'box.home.lan'}, **keys)
         config = smtpproxy.Config(**dict({'waitafterpop': 0}, **config or {}))
         account = smtpproxy.Account(**keys)
-        courier = smtpproxy.Courier(
-            account, smtpproxy.Lane(account, self.clock), config,
-            self.clock.sleep)
+        return self.another(smtpproxy.SignIn(
+            account, self.clock, self.clock.sleep), config)
+
+    def another(self, sign_in, config):
+        """A courier that shares what its account asks for."""
+        courier = smtpproxy.Courier(sign_in.account, sign_in, config)
         self.addCleanup(courier.close)
         return courier
 
+    def deliver(self, courier, mail=None, following=lambda: None):
+        """What comes of it: the report, or why the account can't be used."""
+        try:
+            return courier.deliver(mail or self.mail(), courier.account,
+                                   following)
+        except smtpproxy.AccountUnavailable as trouble:
+            return trouble
+
     def assertSent(self, report, *to):
         """All is well: these have it, nobody else is left."""
-        self.assertEqual((sorted(to or (A,)), {}, {}),
-                         (sorted(report.sent), report.later, report.never))
+        self.assertIsInstance(report, smtps.Report, report)
+        self.assertEqual((sorted(to or (A,)), {}, {}, []), (
+            sorted(report.sent), report.later, report.never, report.open))
         for server in self.servers:
             self.assertEqual([], server.violations)
 
-    def assertTrouble(self, report, *words):
+    def assertUnavailable(self, trouble, *words):
         """The account can't be used now, and the reason names all these."""
-        self.assertTrue(report.trouble, vars(report))
-        self.assertEqual(({}, {}), (report.sent, report.never))
+        self.assertIsInstance(trouble, smtpproxy.AccountUnavailable)
         for word in words:
-            self.assertIn(word, str(report.later))
+            self.assertIn(word, str(trouble))
 
     def verbs(self, server):
         return [line.split()[0].upper() for line in server.commands]
@@ -102,21 +118,19 @@ class ByPOP(CourierCase):
             with self.subTest(tls=tls):
                 pop, smtp = self.pop(tls=tls), self.smtp()
 
-                report = self.courier(smtp, **self.keys(pop)).deliver(
-                    self.mail())
+                report = self.deliver(self.courier(smtp, **self.keys(pop)))
 
                 self.assertSent(report)
                 self.assertEqual(['USER', 'PASS', 'QUIT'], self.verbs(pop))
                 self.assertEqual([(USER, 1000.0)], pop.logins)
 
     def test_it_waits_between_login_and_smtp(self):
-        pop, smtp = self.pop(), self.smtp()
-        courier = self.courier(smtp, {'waitafterpop': 5}, **self.keys(pop))
-        connections = []
-        courier.pause = lambda seconds: connections.append(
+        pop, smtp, connections = self.pop(), self.smtp(), []
+        self.clock.sleep = lambda seconds: connections.append(
             (seconds, len(pop.logins), smtp.connections))
+        courier = self.courier(smtp, {'waitafterpop': 5}, **self.keys(pop))
 
-        courier.deliver(self.mail())
+        self.deliver(courier)
 
         self.assertEqual([(5, 1, 0)], connections)
 
@@ -128,7 +142,7 @@ class ByPOP(CourierCase):
             with self.subTest(seconds=seconds):
                 self.clock.advance(seconds)
 
-                self.assertSent(courier.deliver(self.mail()))
+                self.assertSent(self.deliver(courier))
 
                 self.assertEqual((logins, connections),
                                  (len(pop.logins), smtp.connections))
@@ -136,12 +150,10 @@ class ByPOP(CourierCase):
     def test_two_connections_share_one_login(self):
         pop, smtp = self.pop(), self.smtp()
         first = self.courier(smtp, **self.keys(pop))
-        second = smtpproxy.Courier(first.account, first.lane, first.config,
-                                   self.clock.sleep)
-        self.addCleanup(second.close)
+        second = self.another(first.sign_in, first.config)
 
         for courier in first, second:
-            self.assertSent(courier.deliver(self.mail()))
+            self.assertSent(self.deliver(courier))
 
         self.assertEqual((1, 2), (len(pop.logins), smtp.connections))
 
@@ -155,10 +167,9 @@ class ByPOP(CourierCase):
             with self.subTest(script=script):
                 pop = self.pop(script=script)
 
-                report = self.courier(smtp, **self.keys(pop)).deliver(
-                    self.mail())
+                report = self.deliver(self.courier(smtp, **self.keys(pop)))
 
-                self.assertTrouble(report, 'POP login', pop.host, word)
+                self.assertUnavailable(report, 'POP login', pop.host, word)
         self.assertEqual(0, smtp.connections)
 
     def test_a_failed_login_is_tried_again_with_the_next_mail(self):
@@ -166,24 +177,24 @@ class ByPOP(CourierCase):
             self.smtp())
         courier = self.courier(smtp, **self.keys(pop))
 
-        self.assertTrouble(courier.deliver(self.mail()), 'locked')
-        self.assertSent(courier.deliver(self.mail()))
+        self.assertUnavailable(self.deliver(courier), 'locked')
+        self.assertSent(self.deliver(courier))
 
     def test_a_lost_reply_to_quit_costs_nothing(self):
         """The login counts as soon as PASS was answered +OK."""
         pop, smtp = self.pop(script={'QUIT': DROP}), self.smtp()
 
-        report = self.courier(smtp, **self.keys(pop)).deliver(self.mail())
+        report = self.deliver(self.courier(smtp, **self.keys(pop)))
 
         self.assertSent(report)
 
     def test_pop_over_ssl_is_verified(self):
         pop, smtp = self.pop(tls=server_tls()), self.smtp()
 
-        report = self.courier(smtp, **self.keys(pop, tlscafile='')).deliver(
-            self.mail())
+        report = self.deliver(self.courier(
+            smtp, **self.keys(pop, tlscafile='')))
 
-        self.assertTrouble(report, 'POP login', 'certificate', 'tlscafile')
+        self.assertUnavailable(report, 'POP login', 'certificate', 'tlscafile')
         self.assertEqual([], pop.logins)
 
 
@@ -196,7 +207,7 @@ class Secured(CourierCase):
         smtp = self.smtp(tls=server_tls(old), implicit=security == 'ssl',
                          **options)
         courier = self.courier(smtp, smtpsecurity=security, **keys)
-        return smtp, courier.deliver(self.mail())
+        return smtp, self.deliver(courier)
 
     def test_starttls_and_implicit_tls_deliver(self):
         for security, implicit in self.KINDS:
@@ -219,7 +230,7 @@ class Secured(CourierCase):
                     smtp, report = self.secured(security, False, keys,
                                                 **options)
 
-                    self.assertTrouble(report, *words)
+                    self.assertUnavailable(report, *words)
                     self.assertEqual([], smtp.mails)
 
     def test_tlsverify_false_takes_any_certificate(self):
@@ -239,14 +250,14 @@ class Secured(CourierCase):
                 smtp, report = self.secured(
                     security, True, dict(TRUST, smtpweaktls=True))
 
-                self.assertTrouble(refused, 'no TLS', 'smtpweaktls=true')
+                self.assertUnavailable(refused, 'no TLS', 'smtpweaktls=true')
                 self.assertSent(report)
                 self.assertEqual('TLSv1', smtp.mails[0].tls)
 
     def test_weak_tls_is_verified_all_the_same(self):
         _, report = self.secured('ssl', True, {'smtpweaktls': True})
 
-        self.assertTrouble(report, 'certificate')
+        self.assertUnavailable(report, 'certificate')
 
     def test_without_starttls_nothing_is_sent_in_plain_text(self):
         stripped = '250-fake\n250-AUTH PLAIN LOGIN\n250 SIZE 1000'
@@ -257,7 +268,7 @@ class Secured(CourierCase):
                 smtp, report = self.secured(
                     keys=dict(TRUST, **LOGIN), script=script, users=USERS)
 
-                self.assertTrouble(report, 'STARTTLS')
+                self.assertUnavailable(report, 'STARTTLS')
                 self.assertFalse({'AUTH', 'MAIL'} & set(self.verbs(smtp)))
 
     def test_what_came_in_clear_behind_starttls_counts_for_nothing(self):
@@ -270,10 +281,9 @@ class Secured(CourierCase):
         self.assertEqual(USER, smtp.mails[0].user)
 
     def test_tls_with_a_server_that_speaks_none_says_so(self):
-        report = self.courier(self.smtp(), smtpsecurity='ssl').deliver(
-            self.mail())
+        report = self.deliver(self.courier(self.smtp(), smtpsecurity='ssl'))
 
-        self.assertTrouble(report, 'no TLS', 'right port')
+        self.assertUnavailable(report, 'no TLS', 'right port')
 
     def test_an_expired_certificate_asks_for_the_clock(self):
         """Boxes without a clock wake up in 1970."""
@@ -298,9 +308,8 @@ class SigningIn(CourierCase):
                     smtp = self.smtp(users=users, mechanisms=[mechanism],
                                      require_auth=True)
 
-                    report = self.courier(
-                        smtp, smtpusername=USER,
-                        smtppassword=users[USER]).deliver(self.mail())
+                    report = self.deliver(self.courier(
+                        smtp, smtpusername=USER, smtppassword=users[USER]))
 
                     self.assertSent(report)
                     self.assertEqual(USER, smtp.mails[0].user)
@@ -312,8 +321,7 @@ class SigningIn(CourierCase):
                                   for name in refused},
                                  users=USERS, mechanisms=self.ALL)
 
-                self.assertSent(self.courier(smtp, **LOGIN).deliver(
-                    self.mail()))
+                self.assertSent(self.deliver(self.courier(smtp, **LOGIN)))
                 self.assertEqual(USER, smtp.mails[0].user)
 
     def test_smtpauth_forces_one_mechanism(self):
@@ -321,8 +329,8 @@ class SigningIn(CourierCase):
             with self.subTest(forced):
                 smtp = self.smtp(users=USERS, mechanisms=self.ALL)
 
-                report = self.courier(smtp, smtpauth=forced.lower(),
-                                      **LOGIN).deliver(self.mail())
+                report = self.deliver(self.courier(
+                    smtp, smtpauth=forced.lower(), **LOGIN))
 
                 self.assertSent(report)
                 self.assertEqual([forced], [
@@ -332,10 +340,9 @@ class SigningIn(CourierCase):
     def test_a_forced_mechanism_is_not_given_up_for_another(self):
         smtp = self.smtp({'AUTH PLAIN': '504 5.5.4 no'}, users=USERS)
 
-        report = self.courier(smtp, smtpauth='plain', **LOGIN).deliver(
-            self.mail())
+        report = self.deliver(self.courier(smtp, smtpauth='plain', **LOGIN))
 
-        self.assertTrouble(report, 'plain: 504 5.5.4 no')
+        self.assertUnavailable(report, 'plain: 504 5.5.4 no')
 
     def test_without_auth_on_offer_the_mail_waits(self):
         for mechanisms, word in (((), 'none at all'),
@@ -343,19 +350,20 @@ class SigningIn(CourierCase):
             with self.subTest(mechanisms=mechanisms):
                 smtp = self.smtp(mechanisms=mechanisms)
 
-                report = self.courier(smtp, **LOGIN).deliver(self.mail())
+                report = self.deliver(self.courier(smtp, **LOGIN))
 
-                self.assertTrouble(report, 'offers no login', word, smtp.host)
+                self.assertUnavailable(report, 'offers no login', word,
+                                       smtp.host)
                 self.assertEqual([], smtp.mails)
 
     def test_a_wrong_password_says_where_and_who(self):
         smtp = self.smtp(users={USER: 'other'}, mechanisms=self.ALL)
 
-        report = self.courier(smtp, **LOGIN).deliver(self.mail())
+        report = self.deliver(self.courier(smtp, **LOGIN))
 
-        self.assertTrouble(report, smtp.host, USER, '535 5.7.8 wrong',
+        self.assertUnavailable(report, smtp.host, USER, '535 5.7.8 wrong',
                            'check smtpusername and smtppassword')
-        self.assertNotIn(PASSWORD, str(report.later))
+        self.assertNotIn(PASSWORD, said(report))
 
     def test_a_refused_login_is_named_though_the_server_hangs_up(self):
         def refuse_and_drop(conversation):
@@ -363,15 +371,15 @@ class SigningIn(CourierCase):
             raise ConnectionError('dropped')
         smtp = self.smtp({'AUTH PLAIN': refuse_and_drop})
 
-        report = self.courier(smtp, **LOGIN).deliver(self.mail())
+        report = self.deliver(self.courier(smtp, **LOGIN))
 
-        self.assertTrouble(report, '535 5.7.8 wrong password')
+        self.assertUnavailable(report, '535 5.7.8 wrong password')
 
     def test_without_a_name_or_password_there_is_no_login(self):
         for key in LOGIN:
             with self.subTest(key):
                 smtp = self.smtp()
-                report = self.courier(smtp, **{key: 'x'}).deliver(self.mail())
+                report = self.deliver(self.courier(smtp, **{key: 'x'}))
 
                 self.assertSent(report)
                 self.assertIsNone(smtp.mails[0].user)
@@ -379,7 +387,7 @@ class SigningIn(CourierCase):
     def test_a_challenge_that_is_no_base64_is_trouble(self):
         smtp = self.smtp({'AUTH': '334 !'}, mechanisms=['CRAM-MD5'])
 
-        self.assertTrouble(self.courier(smtp, **LOGIN).deliver(self.mail()),
+        self.assertUnavailable(self.deliver(self.courier(smtp, **LOGIN)),
                            'login')
 
 
@@ -391,18 +399,15 @@ class Secrets(CourierCase):
         return [PASSWORD] + [base64.b64encode(x).decode().rstrip('=') for x in
                              (text, b'\0me\0' + text)]
 
-    def logged(self, level, report_of, *arguments, **keys):
+    def logged(self, level, *arguments, **keys):
         """All log lines, at DEBUG, of a delivery."""
         with self.assertLogs(level='DEBUG') as logs:
             courier = self.courier(*arguments, config={'debuglevel': level},
                                    **keys)
-            report = report_of(courier)
-        lines = '\n'.join(logs.output) + str(report.later)
+            report = self.deliver(courier)
+        lines = '\n'.join(logs.output) + said(report)
         self.assertEqual([], [x for x in self.secrets() if x in lines], lines)
         return lines
-
-    def deliver(self, courier):
-        return courier.deliver(self.mail())
 
     def test_the_smtp_dialogue_is_logged_without_the_login(self):
         for mechanism in SigningIn.ALL:
@@ -410,7 +415,7 @@ class Secrets(CourierCase):
                 with self.subTest(mechanism, level=level):
                     smtp = self.smtp(users=USERS, mechanisms=[mechanism])
 
-                    lines = self.logged(level, self.deliver, smtp, **LOGIN)
+                    lines = self.logged(level, smtp, **LOGIN)
 
                     for word in 'ehlo', 'AUTH', '235', 'MAIL', 'taken':
                         self.assertIn(word, lines)
@@ -421,7 +426,7 @@ class Secrets(CourierCase):
                 pop = self.serve(FakePOP(users=USERS))
 
                 lines = self.logged(
-                    level, self.deliver, self.smtp(), popbeforesmtp=True,
+                    level, self.smtp(), popbeforesmtp=True,
                     pophost=pop.host, popport=pop.port, popssl=False,
                     popusername='me', poppassword=PASSWORD)
 
@@ -442,10 +447,9 @@ class Secrets(CourierCase):
 
                     with self.assertLogs() as logs:
                         smtpproxy.log.info('begins')
-                        report = self.courier(
-                            smtp, config={'debuglevel': level},
-                            **LOGIN).deliver(self.mail())
-                    text = ' '.join(logs.output) + str(report.later)
+                        report = self.deliver(self.courier(
+                            smtp, config={'debuglevel': level}, **LOGIN))
+                    text = ' '.join(logs.output) + said(report)
                     self.assertEqual(
                         [], [x for x in self.secrets() if x in text])
 
@@ -454,13 +458,12 @@ class Secrets(CourierCase):
         for level in 0, 2:
             with self.subTest(level=level), self.assertLogs() as logs:
                 smtpproxy.log.info('begins')
-                report = self.courier(
+                report = self.deliver(self.courier(
                     self.smtp(), config={'debuglevel': level},
                     popbeforesmtp=True, pophost=pop.host, popport=pop.port,
-                    popssl=False, popusername='me',
-                    poppassword=PASSWORD).deliver(self.mail())
+                    popssl=False, popusername='me', poppassword=PASSWORD))
             self.assertNotIn(PASSWORD, ' '.join(logs.output)
-                             + str(report.later))
+                             + said(report))
 
 
 class Dressed(CourierCase):
@@ -494,8 +497,8 @@ class Dressed(CourierCase):
         smtp = self.smtp()
         for count, (keys, before, after, sender) in enumerate(self.TABLE):
             with self.subTest(keys=keys, before=before):
-                report = self.courier(smtp, **keys).deliver(
-                    self.mail(before + self.BODY))
+                report = self.deliver(self.courier(smtp, **keys),
+                                      self.mail(before + self.BODY))
 
                 self.assertSent(report)
                 mail = smtp.wait(count + 1)[count]
@@ -507,15 +510,15 @@ class Dressed(CourierCase):
             b'\n', b'\r\n') * 8000
         keys, before, after, _ = self.TABLE[4]
 
-        self.assertSent(self.courier(smtp, **keys).deliver(
-            self.mail(before + body)))
+        self.assertSent(self.deliver(self.courier(smtp, **keys),
+                                     self.mail(before + body)))
 
         self.assertEqual(after + body, smtp.mails[0].data)
 
     def test_the_null_sender_stays_null(self):
         smtp = self.smtp()
 
-        self.assertSent(self.courier(smtp).deliver(self.mail(sender='')))
+        self.assertSent(self.deliver(self.courier(smtp), self.mail(sender='')))
 
         self.assertEqual('', smtp.mails[0].sender)
 
@@ -527,8 +530,9 @@ class Content(CourierCase):
         """What arrives of content at a server with these options."""
         tls = options.get('tls')
         smtp = self.smtp(**options)
-        report = self.courier(smtp, smtpsecurity='ssl' if tls else 'none',
-                              **TRUST).deliver(self.mail(content))
+        courier = self.courier(
+            smtp, smtpsecurity='ssl' if tls else 'none', **TRUST)
+        report = self.deliver(courier, self.mail(content))
         self.assertSent(report)
         return smtp.mails[0].data
 
@@ -563,7 +567,7 @@ class Content(CourierCase):
         for size in range(65536 - 200, 65536 + 30, 23):
             content = b'A: b\r\n\r\n' + b'x' * (size - 12) + b'\r\n'
             count += 1
-            self.assertSent(courier.deliver(self.mail(content)))
+            self.assertSent(self.deliver(courier, self.mail(content)))
             self.assertEqual(content, smtp.wait(count)[-1].data)
 
     def test_a_header_larger_than_a_chunk(self):
@@ -571,116 +575,58 @@ class Content(CourierCase):
                            for n in range(1500)) + b'\r\nbody\r\n'
         self.assertEqual(content, self.crossed(content))
 
-    def test_8bitmime_is_announced_where_it_is_offered(self):
-        for extensions, expected in ((EXTENSIONS, {'BODY': '8BITMIME'}),
-                                     ((), {})):
-            with self.subTest(extensions=extensions):
-                smtp = self.smtp(extensions=extensions)
-                mail = self.mail(BODY='8BITMIME')
-
-                self.assertSent(self.courier(smtp).deliver(mail))
-
-                self.assertEqual(expected, smtp.mails[0].parameters)
-
     def test_helo_will_do(self):
         for script in {'EHLO': '502 5.5.1 what?'}, {'EHLO': '550 no'}:
             smtp = self.smtp(script)
 
-            self.assertSent(self.courier(smtp).deliver(self.mail()))
+            self.assertSent(self.deliver(self.courier(smtp)))
 
             self.assertEqual(['EHLO', 'HELO', 'MAIL'], self.verbs(smtp)[:3])
 
-    def test_smtputf8_is_used_only_where_needed(self):
-        name, utf8 = 'grüße@example.org', {'SMTPUTF8': ''}
+    def test_what_the_client_asked_for_is_asked_for_again(self):
         header = 'Subject: Grüße\r\n\r\n'.encode()
         for mail, parameters in (
-                (self.mail(to=[name]), utf8),
-                (self.mail(header, SMTPUTF8=''), utf8),
+                (self.mail(BODY='8BITMIME'), {'BODY': '8BITMIME'}),
+                (self.mail(header, SMTPUTF8=''), {'SMTPUTF8': ''}),
+                (self.mail(to=['grüße@example.org']), {'SMTPUTF8': ''}),
                 (self.mail(header), {}), (self.mail(SMTPUTF8=''), {})):
             with self.subTest(to=mail.to, parameters=mail.parameters):
                 smtp = self.smtp()
 
-                self.assertSent(self.courier(smtp).deliver(mail), *mail.to)
+                self.assertSent(self.deliver(self.courier(smtp), mail),
+                                *mail.to)
 
                 self.assertEqual(parameters, smtp.mails[0].parameters)
 
-    def test_smtputf8_needed_and_not_offered_is_permanent(self):
-        smtp = self.smtp(extensions=PLAIN[:1])
-        courier = self.courier(smtp)
-
-        report = courier.deliver(self.mail(to=['grüße@example.org']))
-
-        self.assertIn('550 5.6.7', report.never['grüße@example.org'])
-        self.assertIn('SMTPUTF8', report.never['grüße@example.org'])
-        self.assertSent(courier.deliver(self.mail()))
-        self.assertEqual(1, smtp.connections)
-
 
 class Connections(CourierCase):
-    """Several mails, one connection, few packets."""
+    """Several mails, one connection."""
 
     def test_several_mails_go_over_one_connection(self):
-        for extensions in EXTENSIONS, PLAIN:
-            with self.subTest(extensions=extensions):
-                smtp = self.smtp(extensions=extensions)
-                courier = self.courier(smtp)
-
-                for _ in range(4):
-                    self.assertSent(courier.deliver(self.mail()))
-
-                self.assertEqual((4, 1), (len(smtp.mails), smtp.connections))
-                self.assertNotIn('RSET', self.verbs(smtp))
-
-    def test_the_envelope_is_one_packet_if_pipelining_is_offered(self):
-        packet = b'RCPT TO:<a@example.org>\r\nRCPT TO:<b@example.org>\r\n' \
-            b'DATA\r\n'
-        for extensions, expected in (EXTENSIONS, packet), (PLAIN, b''):
-            with self.subTest(extensions=extensions):
-                seen = []
-                smtp = self.smtp({'MAIL': lambda talk: seen.append(
-                    waiting(talk))}, extensions=extensions)
-
-                report = self.courier(smtp).deliver(self.mail(to=[A, B]))
-
-                self.assertSent(report, A, B)
-                self.assertEqual([expected], seen)
-
-    def test_the_next_envelope_follows_the_final_dot(self):
-        def peek(conversation):
-            conversation.socket.settimeout(5)
-            seen.append(conversation.file.peek())
-            conversation.socket.settimeout(None)
-        seen, smtp = [], self.smtp()
-        first, second = self.mail(), self.mail(to=[B])
-        courier = self.courier(smtp)
-        smtp.script['.'] = [peek, None]
-
-        self.assertSent(courier.deliver(first, lambda: second))
-        self.assertIs(second, courier.upcoming)
-        self.assertSent(courier.deliver(second), B)
-
-        self.assertTrue(seen[0].startswith(b'MAIL FROM:'), seen)
-        self.assertEqual(['MAIL', 'RCPT', 'DATA'] * 2, self.verbs(smtp)[1:])
-
-    def test_nothing_follows_the_dot_without_pipelining(self):
-        seen, mails = [], [self.mail(), self.mail()]
-        smtp = self.smtp({'.': lambda talk: seen.append(waiting(talk))},
-                         extensions=PLAIN)
+        smtp = self.smtp()
         courier = self.courier(smtp)
 
-        courier.deliver(mails[0], lambda: mails[1])
-        courier.deliver(mails[1])
+        for _ in range(4):
+            self.assertSent(self.deliver(courier))
 
-        self.assertEqual([b'', b''], seen)
-        self.assertEqual(2, len(smtp.mails))
+        self.assertEqual((4, 1), (len(smtp.mails), smtp.connections))
+
+    def test_the_next_mail_is_upcoming_in_its_own_dress(self):
+        smtp = self.smtp()
+        courier, second = self.courier(smtp), self.mail(to=[B])
+        own = courier.account._replace(returnpath='bounce@example.org')
+
+        self.assertSent(self.deliver(
+            courier, following=lambda: (second, own)))
+        self.assertEqual((second, own), courier.upcoming)
+        self.assertSent(courier.deliver(second, own, lambda: None), B)
+
+        self.assertIsNone(courier.upcoming)
+        self.assertEqual([SENDER, 'bounce@example.org'],
+                         [mail.sender for mail in smtp.mails])
 
     def test_the_next_mail_is_whole_whatever_became_of_the_first(self):
         """Its envelope is on its way already."""
-        def drop_after(reply):
-            def action(conversation):
-                conversation.say(reply)
-                raise ConnectionError('dropped')
-            return action
         for reply in ('451 4.3.0 later', '552 5.3.4 never', '421 4.3.2 bye',
                       DROP, drop_after('250 2.0.0 taken')):
             for next_to in [B], [B, C]:
@@ -690,35 +636,34 @@ class Connections(CourierCase):
                     second = self.mail(b'Subject: 2\r\n\r\nsecond\r\n',
                                        next_to)
 
-                    courier.deliver(self.mail(), lambda: second)
-                    report = courier.deliver(second)
+                    self.deliver(courier, following=lambda: (
+                        second, courier.account))
+                    report = self.deliver(courier, second)
 
                     self.assertSent(report, *next_to)
                     self.assertEqual(b'Subject: 2\r\n\r\nsecond\r\n',
                                      smtp.mails[-1].data)
 
-    def test_the_next_envelope_may_be_refused(self):
-        smtp = self.smtp({'RCPT TO:<b@': '550 5.1.1 nobody'})
-        courier = self.courier(smtp)
-        second, third = self.mail(to=[B]), self.mail(to=[C])
+    def test_no_envelope_goes_ahead_of_a_pop_login(self):
+        pop, smtp = self.serve(FakePOP(users=USERS)), self.smtp()
+        courier = self.courier(
+            smtp, popbeforesmtp=True, popssl=False, pophost=pop.host,
+            popport=pop.port, popusername=USER, poppassword=PASSWORD)
 
-        self.assertSent(courier.deliver(self.mail(), lambda: second))
-        report = courier.deliver(second, lambda: third)
-        self.assertEqual([B], list(report.never))
-        self.assertSent(courier.deliver(third), C)
+        self.assertSent(self.deliver(courier, following=self.fail))
 
-        self.assertEqual([[A], [C]], [mail.to for mail in smtp.mails])
+        self.assertIsNone(courier.upcoming)
 
     def test_a_connection_closed_meanwhile_is_opened_again(self):
-        for extensions in EXTENSIONS, PLAIN:
+        for extensions in EXTENSIONS, ():
             for last_word in None, '421 4.4.2 idle for too long':
                 with self.subTest(extensions=extensions, word=last_word):
                     smtp = self.smtp(extensions=extensions)
                     courier = self.courier(smtp)
-                    self.assertSent(courier.deliver(self.mail()))
+                    self.assertSent(self.deliver(courier))
                     self.hang_up(smtp, last_word)
 
-                    self.assertSent(courier.deliver(self.mail()))
+                    self.assertSent(self.deliver(courier))
 
                     self.assertEqual((2, 2), (len(smtp.mails),
                                               smtp.connections))
@@ -733,7 +678,7 @@ class Connections(CourierCase):
     def test_close_says_quit(self):
         smtp = self.smtp()
         courier = self.courier(smtp)
-        courier.deliver(self.mail())
+        self.deliver(courier)
 
         courier.close(politely=True)
 
@@ -741,103 +686,71 @@ class Connections(CourierCase):
         self.assertEqual('QUIT', self.verbs(smtp)[-1])
 
 
-class Verdicts(CourierCase):
-    """Per recipient, read from the replies."""
+class Unavailable(CourierCase):
+    """The account's server is in trouble, whatever the mail: nobody has got
+    it, nothing is settled."""
 
-    def verdict(self, script, to=(A, B), extensions=EXTENSIONS):
-        """The report, by first letters, and the server."""
-        smtp = self.smtp(script, extensions=extensions)
-        self.courier_used = self.courier(smtp)
-        report = self.courier_used.deliver(self.mail(to=to))
-        letter = {'sent': report.sent, 'later': report.later,
-                  'never': report.never}
-        return {recipient[0]: name for name, found in letter.items()
-                for recipient in found}, smtp
+    def nobody(self):
+        """A server that has just gone."""
+        server = self.smtp()
+        server.close()
+        return server
 
-    def test_who_is_accepted_refused_or_told_to_wait(self):
-        second = 'RCPT TO:<b@'
-        for script, a, b in (
-                ({second: '451 4.2.0 busy'}, 'sent', 'later'),
-                ({second: '550 5.1.1 nobody'}, 'sent', 'never'),
-                ({'RCPT TO:<a@': '450 x', second: '553 y'}, 'later', 'never'),
-                ({'RCPT': '450 4.2.0 full'}, 'later', 'later'),
-                ({'MAIL': '451 4.3.0 x'}, 'later', 'later'),
-                ({'MAIL': '550 5.7.1 x'}, 'never', 'never'),
-                ({'DATA': '451 4.3.0 x'}, 'later', 'later'),
-                ({'DATA': '554 5.3.0 x'}, 'never', 'never'),
-                ({second: '450 x', 'DATA': '554 y'}, 'never', 'later'),
-                ({'.': '452 4.3.1 full'}, 'later', 'later'),
-                ({'.': '554 5.7.1 spam'}, 'never', 'never'),
-                ({second: '450 x', '.': '554 spam'}, 'never', 'later')):
-            for extensions in EXTENSIONS, PLAIN:
-                with self.subTest(script=script, extensions=extensions):
-                    found, smtp = self.verdict(script, (A, B), extensions)
-                    self.assertEqual({'a': a, 'b': b}, found)
-                    self.assertEqual('sent' in (a, b), bool(smtp.mails))
+    def test_nobody_there_is_absence_and_all_else_is_not(self):
+        for server, keys, absent in (
+                (self.nobody(), {}, True),
+                (self.smtp({'': '554 5.3.0 no'}), {}, False),
+                (self.smtp({'EHLO': DROP}), {}, False),
+                (self.smtp({'AUTH': '535 5.7.8 no'}, mechanisms=['PLAIN']),
+                 LOGIN, False)):
+            with self.subTest(server.script):
+                trouble = self.deliver(self.courier(server, **keys))
 
-    def test_what_makes_no_sense_is_tried_again(self):
-        for stage, code in (('MAIL', 354), ('RCPT', 354), ('DATA', 250),
-                            ('.', 354), ('MAIL', 199), ('RCPT', 600)):
-            for extensions in EXTENSIONS, PLAIN:
-                with self.subTest(stage, code=code, extensions=extensions):
-                    found, _ = self.verdict(
-                        {stage: '%d what?' % code}, [A], extensions)
-                    self.assertEqual({'a': 'later'}, found)
+                self.assertUnavailable(trouble, server.host)
+                self.assertEqual(absent, trouble.absent)
 
-    def test_after_a_refusal_the_next_mail_goes_over_the_same_line(self):
-        for script in ({'MAIL': ['550 x', None]}, {'RCPT': ['450 x', None]},
-                       {'DATA': ['451 x', None]}, {'.': ['554 x', None]}):
-            for extensions in EXTENSIONS, PLAIN:
-                with self.subTest(script=script, extensions=extensions):
-                    _, smtp = self.verdict(script, [A], extensions)
+    def test_a_look_finds_out_without_a_login(self):
+        pop, smtp = self.serve(FakePOP(users=USERS)), self.smtp()
+        keys = {'popbeforesmtp': True, 'pophost': pop.host,
+                'popport': pop.port, 'popssl': False}
 
-                    self.assertSent(self.courier_used.deliver(
-                        self.mail(to=[B])), B)
+        self.courier(smtp, **keys).look()
+        with self.assertRaises(smtpproxy.AccountUnavailable) as raised:
+            self.courier(self.nobody(), **keys).look()
 
-                    self.assertEqual(1, smtp.connections)
-                    self.assertEqual('.' not in script,
-                                     'RSET' in self.verbs(smtp))
+        self.assertTrue(raised.exception.absent)
+        self.assertEqual((0, []), (pop.connections, smtp.commands))
 
-    def test_a_354_with_nobody_left_ends_in_an_empty_mail(self):
-        """RFC 2920 3.1: a server may say 354 though it refused everybody."""
-        def do_DATA(conversation, argument):
-            if conversation.mail.to:
-                return usual(conversation, argument)
-            conversation.mail = None
-            conversation.say('354 go on')
-            lines.append(conversation.read_line())
-            conversation.say('554 5.5.1 no valid recipients')
-        usual, lines = FakeSMTP.TALK.do_DATA, []
-        courier = self.courier(self.smtp({'RCPT TO:<a@': '550 5.1.1 nobody'}))
-        with mock.patch.object(FakeSMTP.TALK, 'do_DATA', do_DATA):
+    def test_a_421_to_the_sender_is_the_servers_trouble(self):
+        """Else each mail would have its own."""
+        for script, unavailable in (({'MAIL': '421 4.3.2 full'}, True),
+                                    ({'RCPT': '421 4.3.2 full'}, False)):
+            with self.subTest(script=script):
+                outcome = self.deliver(self.courier(self.smtp(script)))
 
-            report = courier.deliver(self.mail())
+                self.assertEqual(unavailable, isinstance(
+                    outcome, smtpproxy.AccountUnavailable))
+                self.assertIn('421 4.3.2 full', said(outcome))
 
-            self.assertEqual([A], list(report.never))
-            self.assertEqual([b'.\r\n'], lines)
-            self.assertSent(courier.deliver(self.mail(to=[B])), B)
+    def test_after_trouble_the_next_mail_is_tried_anew(self):
+        smtp = self.smtp({'MAIL': ['421 4.3.2 full', None]})
+        courier = self.courier(smtp)
 
-    def test_the_reply_is_kept_for_the_owner(self):
-        smtp = self.smtp({'RCPT': '550-5.1.1 no such\n550 5.1.1 \x07user'})
+        self.assertUnavailable(self.deliver(courier), 'full')
 
-        report = self.courier(smtp).deliver(self.mail())
+        self.assertFalse(courier.connected)
+        self.assertSent(self.deliver(courier))
+        self.assertTrue(courier.connected)
 
-        self.assertEqual('550 5.1.1 no such 5.1.1 user', report.never[A])
+    def test_a_mail_whose_file_has_gone_is_not_the_servers_trouble(self):
+        courier = self.courier(self.smtp())
+        large = self.mail(b'A: b\r\n\r\n' + b'0123456789abcd\r\n' * 9000)
+        self.spool.remove(large)
 
-    def test_a_refusal_in_the_middle_of_the_mail_is_heard(self):
-        def refuse(conversation):
-            conversation.say('354 go on')
-            conversation.read_line()
-            conversation.say('552 5.3.4 too large')
-            conversation.socket.shutdown(1)
-            while conversation.file.read(65536):
-                pass                    # no reset that overtakes the reply
-            raise ConnectionError('too large')
-        smtp = self.smtp({'DATA': refuse})
-        report = self.courier(smtp).deliver(self.mail(
-            b'A: b\r\n\r\n' + b'0123456789abcd\r\n' * 200000))
+        report = self.deliver(courier, large)
 
-        self.assertIn('552 5.3.4 too large', report.never.get(A, ''))
+        self.assertIn('No such file', report.later[A])
+        self.assertSent(self.deliver(courier))
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ from typing import NamedTuple
 from unittest import mock
 
 import smtpproxy
+import smtps
 from tests.case import A, B, ProxyCase
 from tests.fakes import (
     CERTIFICATE, DROP, ENDLESS_LINE, ENDLESS_REPLY, EXTENSIONS, GARBAGE, HANG,
@@ -173,9 +174,9 @@ class FaultCase(ProxyCase):
         super().setUp()
         for name, value in (
                 ('CONNECT_TIME', CONNECT_TIME), ('REPLY_TIME', REPLY_TIME),
-                ('DOT_TIME', DOT_TIME), ('LINGER', .05)):
-            self.patch(smtpproxy, name, value)
-        self.patch(smtpproxy.SmtpDialogue, 'reply_time', REPLY_TIME)
+                ('DOT_TIME', DOT_TIME)):
+            self.patch(smtps, name, value)
+        self.patch(smtpproxy, 'LINGER', .05)
         self.patch(socket, 'getaddrinfo', look_up)
         self.ports = {'refused': self.deaf(),
                       'blackhole': self.blackhole()}
@@ -314,7 +315,7 @@ class Faults(FaultCase):
         for server in [*self.servers.values(), *self.pops.values()]:
             server.script.clear()
         self.proxy.reload()
-        self.assertSpooled(sum(not row.healed for row in ROWS))
+        self.assertSpooled(sum(not row.healed for row in ROWS), 20)
         wait_until(lambda: not self.in_hand())
         for row in ROWS:
             with self.subTest(row.name, healed=row.healed):

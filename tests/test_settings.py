@@ -3,6 +3,7 @@ import os
 import unittest
 
 import smtpproxy
+import smtps
 from tests.case import FolderCase
 
 CONFIG = {'port': 25, 'host': '', 'sleeptime': 30, 'debuglevel': 0,
@@ -120,7 +121,7 @@ class Defaults(SettingsCase):
         self.assertEqual([], settings.warnings)
 
     def test_private_networks_only_may_send(self):
-        networks = smtpproxy.Networks(self.load('').config.allow)
+        networks = smtps.Networks(self.load('').config.allow)
 
         for address, allowed in (
                 ('127.0.0.1', 1), ('10.1.2.3', 1), ('172.16.0.1', 1),

@@ -8,6 +8,7 @@ import zlib
 from unittest import mock
 
 import smtpproxy
+import smtps
 from smtpproxy import Spool, Unfinished, Unreadable
 from tests.case import A, B, SENDER, FolderCase
 from tests.crash import TOP
@@ -90,7 +91,7 @@ class Files(SpoolCase):
                 mail = self.spool.load(self.store(content, to=[A, B]))
 
                 self.assertEqual((SENDER, [A, B]), (mail.frm, mail.to))
-                self.assertEqual(smtpproxy.unstuffed(content), mail.msg)
+                self.assertEqual(smtps.unstuffed(content), mail.msg)
                 self.assertIsNone(mail.verify())
 
     def test_every_address_that_smtp_knows_comes_back(self):
