@@ -654,6 +654,7 @@ END = b'\r\n.\r\nNOOP crc32='     # no mail can hold this: its dots are doubled
 END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
+STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
 
@@ -664,8 +665,9 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool. start, body, dot: offsets of the header, of the empty line behind
-    it, and of what follows the final dot's line."""
+    bool; flaw: str, why its envelope must not be sent, or ''. start, body,
+    dot: offsets of the header, of the empty line behind it, and of what
+    follows the final dot's line."""
 
     # What is kept while it is in trouble, and its types.
     STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
@@ -676,6 +678,7 @@ class Mail:
         self.tries, self.due, self.problem = 0, 0.0, ''
         self.handled = self.parked = False
         self.refused = {}           # {recipient: reply}, refused for good
+        self.flaw = ''
         self._msg, self.seen = None, 0
         self.read()
         self.saved = self.state()
@@ -748,14 +751,31 @@ class Mail:
             lines = envelope.decode().split('\r\n')
             if not lines[0].startswith('MAIL FROM:'):
                 raise ValueError('it does not begin with MAIL FROM')
-            frm, self.parameters = smtps.parse_path(lines[0][10:], '5.1.7')
-            self.frm = Address(frm)
-            self.to = [Address(smtps.parse_path(line[8:], '5.1.3')[0])
-                       for line in lines[1:] if line.startswith('RCPT TO:')]
+            self.frm, self.parameters = self.parse_stored(lines[0][10:])
+            self.to = [self.parse_stored(line[8:])[0] for line in lines[1:]
+                       if line.startswith('RCPT TO:')]
             if not self.to or len(self.to) + 1 != len(lines) or not data:
                 raise ValueError('its envelope is not whole')
-        except (ValueError, smtps.Refused) as error:
+        except ValueError as error:
             raise Unreadable(str(error))
+
+    def parse_stored(self, text):
+        """(Address, parameters) of a path as Draft wrote it. An earlier
+        version took some that would now be refused or be another address:
+        that one stays as it is, with a flaw. Raises ValueError."""
+        stored = STORED.match(text)
+        if not stored:
+            raise ValueError('its envelope is not whole')
+        try:
+            address, parameters = smtps.parse_path(text, '5.1.0')
+            if address == stored[1]:
+                return Address(address), parameters
+            why = 'it would be sent as <%s>' % address
+        except smtps.Refused as error:
+            why = str(error)
+        self.flaw = '<%s> in its envelope is no address: %s' % (
+            stored[1], why)
+        return Address(stored[1]), {}
 
     def verify(self):
         """Raises Unreadable if the bytes are not those that were stored."""
@@ -1536,15 +1556,23 @@ class Handlers:
         if isinstance(mail.to, str) or not all(
                 isinstance(a, str) for a in [mail.frm] + list(mail.to)):
             raise ValueError('mail.to must be a list of str, mail.frm a str')
-        frm, to = mail.frm.strip('<>'), [a.strip('<>') for a in mail.to]
+        frm, *to = map(Handlers.envelope_address, [mail.frm] + list(mail.to))
         if not to or not all(to):
             raise ValueError('it left no recipient')
-        for address in [frm] + to:
-            try:
-                smtps.parse_path('<%s>' % address, '5.1.3')
-            except smtps.Refused as error:
-                raise ValueError('%r: %s' % (address, error))
-        return Address(frm), [Address(address) for address in to]
+        return frm, to
+
+    @staticmethod
+    def envelope_address(text):
+        """The Address that the listener makes of the same text: it is what
+        will be read from msgs/. Raises ValueError."""
+        try:
+            address, parameters = smtps.parse_path(
+                '<%s>' % text.strip('<>'), '5.1.3')
+        except smtps.Refused as error:
+            raise ValueError('%r: %s' % (text, error))
+        if parameters:
+            raise ValueError('%r: more than an address' % text)
+        return Address(address)
 
 
 # --- Courier: one account's way out -----------------------------------------
@@ -2494,6 +2522,9 @@ class Relay:
             mail = self.load(id, to_send=bool(self.handlers.enabled))
             if mail is None or mail.parked and id not in self.asked:
                 return
+            if mail.flaw:
+                self.park_flawed(id)
+                return
             if not mail.handled and not self.handle(mail):
                 return
             sender = mail.frm
@@ -2768,6 +2799,17 @@ class Relay:
                   '%s; --retry %s sends it again, --delete %s removes it',
                   mail.id, what, mail.problem, self.describe(mail, mail.to),
                   mail.id, mail.id)
+
+    def park_flawed(self, id):
+        """No server is told such an envelope. Not even deleteonerror deletes
+        it: it was promised by a version that took more."""
+        self.asked.discard(id)
+        mail = self.load(id)
+        if mail:
+            mail.problem = mail.flaw
+            mail.refused = dict.fromkeys(mail.to, mail.flaw)
+            mail.to = []
+            self.park(mail)
 
     def settle_homeless(self, id):
         """No account: permanent."""

@@ -24,6 +24,7 @@ import unittest
 from unittest import mock
 
 import smtps
+from tests import fuzz
 from tests.fakes import Client, Wire, client_tls, server_tls, wait_until
 
 HELLO = 'C: EHLO printer\nS: 250\n'
@@ -557,6 +558,53 @@ class Sequences(ListenerCase):
                 begin = time.thread_time()
                 smtps.parse_path(text, '5.1.7')
             self.assertLess(time.thread_time() - begin, 0.02, text[:10])
+
+
+class Addresses(unittest.TestCase):
+    """One string is made of what the client said, and it stays the same."""
+    WRITTEN = ('<%s>', '%s', ' < %s >', 'Name <%s>', '"A B" <%s>',
+               '<%s> SIZE=1', '<@relay.x:%s>', '@relay.x:%s',
+               'Name <@relay.x,@r: %s >')
+
+    def accepted(self, text):
+        """The address, or None."""
+        with contextlib.suppress(smtps.Refused):
+            return smtps.parse_path(text, '5.1.7')[0]
+
+    def test_a_good_one_stays_as_it_is_however_it_is_written(self):
+        for good in ('a@x', 'PrinTer@Home.LAN', 'root', 'ilo.@hp', 'a..b@x',
+                     '"a b"@x', r'"q\"x\\"@x', '"@"@x', '"@r:a"@x',
+                     '"a:b"@x', 'u@[192.168.1.5]', 'a@[IPv6:fe80::1]',
+                     'x%y!z@a', "o'b@x", 'IMCEAFAX-+49+2089+20123@x',
+                     '[FAX:+49123]', 'FAX=+49/x@y', '+49,123;ext=4@fax', 'gr\xfc\xdfe@b\xfccher.x', r'a\b@x'):
+            for written in self.WRITTEN:
+                with self.subTest(good, written=written):
+                    self.assertEqual(good, self.accepted(written % good))
+
+    def test_what_is_accepted_is_read_again_as_the_same(self):
+        dice, accepted = random.Random(14), 0
+        for _ in range(30000):
+            text = dice.choice(self.WRITTEN) % fuzz.address(dice)
+            address = self.accepted(text)
+            if address is not None:
+                accepted += 1
+                self.assertEqual(
+                    (address, {}), smtps.parse_path('<%s>' % address, '5'),
+                    repr(text))
+        self.assertGreater(accepted, 5000)
+
+    def test_what_others_could_read_otherwise_is_refused(self):
+        for bad in ('a"b@x', '"abc', 'a@x"', '"', 'a"b"c@x', '"a"b@x', '@x',
+                    'a@"x"', r'"a\"@x', '@r:@s:a@x', '@r:', '@[r]:a@x', '@',
+                    'a\x85b@x', '"a\x9bm"@x', 'a\u2028b@x', 'a\xa0b@x'):
+            for written in '<%s>', '%s', '<@r:%s>', '@r:%s', 'Name <%s>':
+                with self.subTest(bad, written=written):
+                    self.assertIsNone(self.accepted(written % bad))
+
+    def test_what_is_kept_of_the_parameters_can_be_kept(self):
+        for words in 'SMTPUTF8=x', 'SMTPUTF8=\udcff', 'BODY=<b>', 'BODY=\0':
+            with self.subTest(words):
+                self.assertIsNone(self.accepted('<a@x> ' + words))
 
 
 # --- Limits -----------------------------------------------------------------
