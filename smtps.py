@@ -352,6 +352,7 @@ class Connection:
         self.watched, self.away = 0, None
         self.input, self.replies = b'', []
         self.errors, self.leaving = 0, False
+        self.hushed = False             # what comes may be a password
         self.sender = self.parameters = None
         self.recipients = []
 
@@ -429,14 +430,24 @@ class Connection:
     def parse_command(self, line):
         verb, argument = (line.split(None, 1) + ['', ''])[:2]
         verb = verb.upper()
+        if verb.startswith('AUTH'):
+            self.hushed = True
         if log.isEnabledFor(logging.DEBUG):
-            log.debug('%s: %s', self.client, 'AUTH ...' if verb == 'AUTH'
-                      else printable(verb) + ' ' + ascii(argument)[1:-1])
+            log.debug('%s: %s', self.client, self.shown(verb, argument))
         if verb in VERBS:
             return verb, argument.strip()
         if verb in WEB:
             raise Gone('speaks HTTP, this is for mail', logging.WARNING)
-        raise Refused(500, '5.5.2 unknown command ' + printable(verb))
+        raise Refused(500, '5.5.2 unknown command' + (
+            '' if self.hushed else ' ' + printable(verb)))
+
+    def shown(self, verb, argument):
+        """A command as the log may show it. A client that is refused at AUTH
+        may go on with its name and password: until it has signed in or begun
+        a mail, only verbs are shown."""
+        if self.hushed:
+            return (verb if verb in VERBS else 'a line') + ' ...'
+        return printable(verb) + ' ' + ascii(argument)[1:-1]
 
     # Bytes in and out.
 
@@ -564,6 +575,7 @@ class Connection:
             raise self.too_large()
         self.session.mail(sender, parameters)
         self.sender, self.parameters = sender, parameters
+        self.hushed = False
         self.reply(250, '2.1.0 sender ok')
 
     def do_RCPT(self, argument):
@@ -701,7 +713,7 @@ class Connection:
         except Refused:
             yield from self.pause(AUTH_PAUSE)       # no guessing by the score
             raise
-        self.client.user = user
+        self.client.user, self.hushed = user, False
         self.reply(235, '2.7.0 signed in')
 
     def auth_plain(self, initial):

@@ -442,6 +442,32 @@ class Dialects(ListenerCase):
         for record in self.records.list:
             self.assertNotRegex(record.getMessage(), 'c2VjcmV0|secret|dXNl')
 
+    def test_no_secret_is_shown_after_a_refused_login(self):
+        """The client goes on with its name and password all the same."""
+        secret = 'aGlkZGVuIHNlY3JldA==', 'Hidden secret', 'help hidden secret'
+        for login in ('AUTH CRAM-MD5', 'AUTH LOGIN admin', 'AUTH=LOGIN',
+                      'AUTH', 'AUTH PLAIN dXNlcg==',
+                      'AUTH PLAIN AHUAd3Jvbmc='):
+            with self.subTest(login), mock.patch.object(
+                    smtps, 'AUTH_PAUSE', 0):
+                client = self.client()
+                client.command('EHLO x')
+                for line in (login,) + secret * 2:
+                    client.command(line)
+
+                said = client.dialogue + [
+                    record.getMessage() for record in self.records.list]
+                said = [line for line in said if not line.startswith('C:')]
+                self.assertNotRegex('\n'.join(said), '(?i)aGlk|hidden|secret')
+
+    def test_a_login_or_a_mail_ends_the_silence_about_commands(self):
+        for login, code in (('AUTH PLAIN AHUAcA==', 235), ('AUTH X', 504)):
+            client = self.client()
+            self.assertEqual(code, client.command(login)[0])
+            client.command('MAIL FROM:<a@x>')
+            client.command('XCLIENT ' + login)
+            self.assertLogged('DEBUG', 'XCLIENT ' + login)
+
     def test_offers_are_written_as_old_clients_expect(self):
         """phpBB looks for the word AUTH; no CRAM-MD5, no STARTTLS without a
         certificate (smtp-oauth-relay#70); phpBB reads 255 bytes a line."""
