@@ -3064,6 +3064,9 @@ class Proxy:
             if getattr(new.config, key) != getattr(self.started, key):
                 log.warning('[config] %s has changed: that needs a restart',
                             key)
+        if self.started.tlsport and not new.config.tlscert:
+            log.warning('[config] tlscert is gone: clients at tlsport %d get '
+                        'a 421 until a restart', self.started.tlsport)
         tls_context.cache_clear()
         open_log(new)
         self.settings, self.handlers = new, Handlers(new)

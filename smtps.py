@@ -782,7 +782,8 @@ class Server:
 
     def listen(self, host, port, tls=False):
         """Binds; host '' is every interface, IPv4 and IPv6; tls: clients
-        begin with a handshake (RFC 8314). Raises OSError."""
+        begin with a handshake (RFC 8314), or get a 421 while limits.tls is
+        None. Raises OSError."""
         both = (socket.AF_INET, '0.0.0.0'), (socket.AF_INET6, '::')
         one = socket.AF_INET6 if ':' in host else socket.AF_INET
         for family, address in [(one, host)] if host else both:
@@ -1003,7 +1004,10 @@ class Server:
             self._turn_away(listener, error)
             return
         address = peer[0].partition('%')[0]     # fe80::1%eth0
+        context = self.limits.tls if tls else None
         refusal = self._refusal(address)
+        if tls and not context:         # never clear text where TLS is meant
+            refusal = '421 4.7.0 this port has no certificate any more'
         if refusal:
             log.warning('%s: refused: %s', address, refusal)
             with contextlib.suppress(OSError, ValueError):
@@ -1013,8 +1017,8 @@ class Server:
         sock.setblocking(False)
         try:
             connection = Connection(self, sock, (address, peer[1]),
-                                    self.limits.tls if tls else None)
-        except Exception:
+                                    context)
+        except BaseException:
             log.exception('%s: no session for this client', address)
             sock.close()
             return

@@ -166,6 +166,19 @@ class Certificate(ProxyCase):
         self.assertEqual(before, self.certificate())
         self.assertLogged('ERROR', 'not reloaded', 'tls.pem')
 
+    def test_a_tls_port_whose_certificate_is_gone_refuses(self):
+        self.serve_tls()
+        address = self.proxy.server.listeners[1].getsockname()
+        self.ini()
+
+        self.proxy.reload()
+
+        with Client(address) as client:
+            self.assertEqual(421, client.reply()[0])
+        self.assertLogged('WARNING', 'tlscert is gone', '421', address[1])
+        self.submit()
+        self.assertDelivered([A])
+
     def test_starttls_and_the_tls_port_take_mail(self):
         self.serve_tls()
         trust = ssl.create_default_context(cafile=CERTIFICATE)

@@ -933,6 +933,16 @@ class TLS(ListenerCase):
         Waiting.asked.clear()
         Waiting.go_on.clear()
 
+    def test_a_tls_port_without_certificate_is_never_a_plain_one(self):
+        self.server.limits = self.server.limits._replace(tls=None)
+
+        with contextlib.closing(Client(self.tls_address)) as client:
+            client.expect('421 4.7.0')
+            self.assertEqual(b'', client.read_until_closed())
+
+        self.assertLogged('WARNING', 'no certificate')
+        self.assertServes()
+
     def test_goodbye_is_said_in_tls(self):
         """A client must see the end of TLS, not a cut."""
         client = self.secured()
