@@ -1466,7 +1466,7 @@ class Handlers:
             try:
                 for handler in self.load(name):
                     self.prepare(name, handler, options)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:      # sys.exit() as well
                 self.problem(name, 'cannot be loaded and is skipped: %s'
                              % (missing_module(error) if isinstance(
                                  error, ModuleNotFoundError) and

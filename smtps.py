@@ -124,7 +124,8 @@ class Gone(Exception):
 class Session:
     """The program's side of one conversation. These defaults accept all and
     keep nothing. To return accepts, to raise Refused refuses; any other
-    exception is logged and answered 451: a bug never becomes a 250.
+    exception, SystemExit included, is logged and answered 451: a bug never
+    becomes a 250 and never ends the server.
 
     auth, flush, seal and commit may block; all else must not, since all
     clients wait for it. A session's hooks run one by one, those of different
@@ -365,6 +366,9 @@ class Connection:
             want = self.talk.throw(thrown) if thrown else next(self.talk)
         except StopIteration:
             want = DONE
+        except BaseException:       # not even SystemExit may end a thread
+            log.exception('%s: conversation ended by an error', self.client)
+            want = DONE
         self.deadline = time.monotonic() + self.patience
         return want
 
@@ -396,8 +400,6 @@ class Connection:
                 self.sock.send(b''.join(self.replies))
         except Gone as gone:
             log.log(gone.level, '%s: %s', self.client, gone)
-        except Exception:
-            log.exception('%s: conversation ended by an error', self.client)
         finally:
             self.call(self.session.closed)
 
@@ -412,9 +414,9 @@ class Connection:
                 yield from waiting
         except Refused as no:
             self.refuse(no, verb)
-        except (Goodbye, Gone):
+        except (Goodbye, Gone, GeneratorExit):
             raise
-        except Exception:
+        except BaseException:           # a hook's sys.exit() is one, too
             log.exception('%s: answered 451', self.client)
             self.refuse(Refused(451, '4.3.0 an error here; try again later'))
 
@@ -512,7 +514,7 @@ class Connection:
         """What a hook returns whose failure must not change the reply."""
         try:
             return hook()
-        except Exception:
+        except BaseException:
             log.exception('%s: in %s', self.client, hook)
 
     def pause(self, seconds):
@@ -638,9 +640,9 @@ class Connection:
             receiver.seal()
             yield last_step
             receiver.commit()
-        except (Goodbye, Gone):
+        except (Goodbye, Gone, GeneratorExit):
             raise
-        except Exception:
+        except BaseException:
             while reader.rest is None:
                 reader.take()
                 reader.feed((yield from self.receive()))
@@ -928,7 +930,7 @@ class Server:
     def _try(step, *arguments):
         try:
             step(*arguments)
-        except Exception:               # without a desk nobody is served
+        except BaseException:           # without a desk nobody is served
             log.exception('a client is lost by an error')
 
     def _step(self, connection, thrown=None):

@@ -113,6 +113,7 @@ class Loading(HandlerCase):
         'imports': ('import no_such_module', 'no_such_module'),
         'raises': ('1 / 0', 'ZeroDivisionError'),
         'exits': ('raise SystemExit(3)', 'SystemExit'),
+        'throws': ('raise type("Odd", (BaseException,), {})', 'Odd'),
         'empty': ('', 'no class'),
         'lacks': (GOOD.replace('isEnabled', 'enabled'), 'isEnabled'),
         'needs': (GOOD.replace(

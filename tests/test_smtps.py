@@ -18,6 +18,7 @@ import re
 import resource
 import socket
 import struct
+import sys
 import threading
 import time
 import unittest
@@ -1049,6 +1050,10 @@ class Clerk(ListenerCase):
 
 # --- Hooks that fail --------------------------------------------------------
 
+class Thrown(BaseException):
+    """What `except Exception` does not catch."""
+
+
 class Faulty(Keeper):
     """fault: {hook: exception}."""
     fault = {}
@@ -1163,11 +1168,33 @@ class Hooks(ListenerCase):
         self.assertEqual([], self.mails)
         self.assertServes()
 
+    def test_not_even_an_exit_ends_more_than_the_command(self):
+        """With another client there, other threads than the desk do it."""
+        for hook, _ in self.STEPS * 2:
+            for error in SystemExit, KeyboardInterrupt, Thrown:
+                with self.subTest(hook, error=error):
+                    fault = {hook: error('on purpose')}
+                    self.assertEqual(451, self.replies(fault)[hook])
+            self.client()
+        self.assertLogged('ERROR', '451')
+        self.assertEqual([], self.mails)
+        self.assertServes()
+
+    def test_what_ends_a_conversation_ends_no_other(self):
+        """GeneratorExit is how Python itself ends a conversation."""
+        for hook, _ in self.STEPS:
+            with self.subTest(hook), contextlib.suppress(ConnectionError):
+                self.replies({hook: GeneratorExit('on purpose')})
+            Faulty.fault = {}
+        self.assertLogged('ERROR', 'ended by an error')
+        self.assertServes()
+
     def test_hooks_that_can_refuse_nothing_change_nothing(self):
-        Faulty.fault = {hook: ValueError('on purpose')
-                        for hook in ('reset', 'closed')}
-        self.converse(HELLO + MAIL + MAIL + QUIT)
-        self.assertLogged('ERROR', 'closed')
+        for error in ValueError, SystemExit, GeneratorExit:
+            Faulty.fault = {hook: error('on purpose')
+                            for hook in ('reset', 'closed')}
+            self.converse(HELLO + MAIL + MAIL + QUIT)
+            self.assertLogged('ERROR', 'closed')
 
     def test_an_abort_that_fails_does_not_change_the_reply(self):
         Faulty.fault = {'commit': smtps.Refused(452, '4.3.1 full'),
@@ -1187,11 +1214,13 @@ class Hooks(ListenerCase):
 
     def test_a_session_that_cannot_be_made_ends_only_itself(self):
         """make_session is the program's too."""
-        make, self.server.make_session = self.server.make_session, None
-        with contextlib.suppress(ConnectionError):
-            with contextlib.closing(Client(self.address)) as client:
-                self.errors = 'NoneType'
-                self.assertNotIn(b'220', client.read_until_closed())
+        make = self.server.make_session
+        for broken in None, lambda _: sys.exit('on purpose'):
+            self.server.make_session = broken
+            with contextlib.suppress(ConnectionError):
+                with contextlib.closing(Client(self.address)) as client:
+                    self.errors = 'NoneType|on purpose'
+                    self.assertNotIn(b'220', client.read_until_closed())
 
         self.server.make_session = make
         self.assertServes()
