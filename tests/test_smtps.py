@@ -603,7 +603,8 @@ class Addresses(unittest.TestCase):
                      '"a b"@x', r'"q\"x\\"@x', '"@"@x', '"@r:a"@x',
                      '"a:b"@x', 'u@[192.168.1.5]', 'a@[IPv6:fe80::1]',
                      'x%y!z@a', "o'b@x", 'IMCEAFAX-+49+2089+20123@x',
-                     '[FAX:+49123]', 'FAX=+49/x@y', '+49,123;ext=4@fax', 'gr\xfc\xdfe@b\xfccher.x', r'a\b@x'):
+                     '[FAX:+49123]', 'FAX=+49/x@y', '+49,123;ext=4@fax',
+                     'gr\xfc\xdfe@b\xfccher.x', r'a\b@x'):
             for written in self.WRITTEN:
                 with self.subTest(good, written=written):
                     self.assertEqual(good, self.accepted(written % good))
