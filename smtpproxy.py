@@ -473,14 +473,21 @@ class Networks:
 class LogFile(logging.Handler):
     """A file that starts anew at size bytes; count old ones are kept. What
     can't be written is said once on stderr: a full disk is the log's trouble
-    and never the mail's."""
+    and never the mail's.
+
+    Whoever touches the descriptor holds logging's lock of this handler: its
+    number is soon another file's, a mail's perhaps. A thread that looked the
+    handlers up before a reload may write after close(): its line still goes
+    to the log, which is open for that line only."""
 
     def __init__(self, path, size, count):
         super().__init__()
         self.path, self.size, self.count = path, size, count
         self.file, self.written, self.broken = None, 0, ''
+        self.closed = False
 
     def emit(self, record):
+        """Under the lock: see logging.Handler.handle."""
         line = (self.format(record) + '\n').encode('utf-8', 'replace')
         try:
             if self.file is None:
@@ -492,6 +499,8 @@ class LogFile(logging.Handler):
             self.written += len(line)
         except OSError as error:
             self.complain('written', error)
+        if self.closed:
+            self.close_file()
 
     def open(self):
         self.file = os.open(
@@ -528,30 +537,43 @@ class LogFile(logging.Handler):
             os.close(file)
 
     def close(self):
-        self.close_file()
+        self.acquire()
+        try:
+            self.closed = True
+            self.close_file()
+        finally:
+            self.release()
         super().close()
+
+
+def printable(text):
+    """text, in which a terminal finds nothing to obey and a log no other
+    line: what is not to be printed is spelled out, as in \\x1b."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def tell(text):
+    """One line of a command on stdout. Raises OSError."""
+    print(printable(text.expandtabs()), flush=True)
 
 
 def say(text, file=None):
     """One line to whoever started us, who may not be there any more."""
-    try:
-        print('smtpproxy: ' + text, file=file or sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        print('smtpproxy: ' + printable(text), file=file or sys.stderr,
+              flush=True)
 
 
 class OneLine(logging.Formatter):
-    """Whatever a client or server says can't fake a second line."""
+    """Whatever a client or server says can't fake a line of ours: what is
+    printed below a line, a traceback, stands back from the edge."""
 
     second = clock = None
 
     def format(self, record):
-        message = record.getMessage()
-        if not message.isprintable():
-            message = ''.join(c if c.isprintable() else ascii(c)[1:-1]
-                              for c in message)
-        if record.exc_info:
-            message += '\n' + self.formatException(record.exc_info)
+        message = self.message_of(record)
         second = int(record.created)
         if second != self.second:       # of many lines a second, format one
             self.clock = time.strftime(
@@ -559,6 +581,20 @@ class OneLine(logging.Formatter):
             self.second = second
         return '%s,%03d %s %s' % (self.clock, record.msecs, record.levelname,
                                   message)
+
+    def message_of(self, record):
+        lines = [printable(record.getMessage())]
+        if record.exc_info:
+            lines += ['    ' + printable(line) for line in
+                      self.formatException(record.exc_info).splitlines()]
+        return '\n'.join(lines)
+
+
+class ForCommand(OneLine):
+    """The log among the lines of a command: what, but not when."""
+
+    def format(self, record):
+        return '  log: ' + self.message_of(record)
 
 
 def open_log(settings):
@@ -3119,14 +3155,14 @@ def listener_tls(config):
 
 def check(settings, options):
     """--check: would it start?"""
-    print('%s: [config] port=%d, msgs in %s, log in %s' % (
+    tell('%s: [config] port=%d, msgs in %s, log in %s' % (
         settings.file, settings.config.port, settings.config.msgdir,
         settings.logging.file))
     for name, account in settings.accounts.items():
-        print('[%s]' % name)
+        tell('[%s]' % name)
         for key, value in account._asdict().items():
             if value != Account._field_defaults[key]:
-                print('    %s = %s' % (key, masked(key, value)))
+                tell('    %s = %s' % (key, masked(key, value)))
     problems = []
     proxy = Proxy(settings)
     for step in (functools.partial(proxy.limits, settings),
@@ -3138,12 +3174,12 @@ def check(settings, options):
     proxy.server.stop(0)
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
-        print('handler %s is enabled' % name)
+        tell('handler %s is enabled' % name)
     for line in settings.warnings + handlers.problems:
-        print('warning: ' + line)
+        tell('warning: ' + line)
     for line in problems:
         say(line)
-    print('this would start' if not problems else 'this would not start')
+    tell('this would start' if not problems else 'this would not start')
     return 1 if problems else 0
 
 
@@ -3160,29 +3196,60 @@ def mails(spool):
 
 def show_queue(settings, options):
     """--queue: what waits in msgs/."""
-    rows = [{'id': mail.id, 'size': mail.dot - 3 - mail.start,
-             'age': max(0, int(time.time() - os.path.getmtime(mail.path))),
-             'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
-             'tries': mail.tries, 'parked': mail.parked,
-             'next': mail.due and not mail.parked and time.strftime(
-                 '%Y-%m-%d %H:%M:%S', time.localtime(mail.due)) or None,
-             'error': mail.problem} for mail in mails(command_spool(settings))]
+    rows = queue_rows(command_spool(settings))
     if options.json:
         import json
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows, indent=1))   # ASCII, all else is escaped
         return 0
     line = '%-14s %9s %10s %5s  %-19s  %s'
-    print(line % ('id', 'age', 'size', 'tries', 'next try',
-                  'sender -> recipients: last error'))
+    tell(line % ('id', 'age', 'size', 'tries', 'next try',
+                 'sender -> recipients: last error'))
     for row in rows:
-        print(line % (row['id'], age_of(row['age']), row['size'],
-                      row['tries'], 'parked' if row['parked']
-                      else row['next'] or 'soon',
-                      '<%s> -> %s%s' % (row['sender'], listed(
-                          row['recipients']), row['error'] and (
-                              ': ' + row['error']))))
-    print('%d mails' % len(rows))
+        tell(line % (row['id'], age_of(row['age']), row['size'],
+                     row['tries'], 'parked' if row['parked']
+                     else row['next'] or 'soon',
+                     '<%s> -> %s%s' % (row['sender'], listed(
+                         row['recipients']), row['error'] and (
+                             ': ' + row['error']))))
+    tell('%d mails' % len(rows))
     return 0
+
+
+def queue_rows(spool):
+    """[{what a script gets of a mail that waits}]"""
+    rows, newest = [], (0, '')
+    for mail in mails(spool):       # one at a time: there may be thousands
+        rows.append(queue_row(mail))
+        newest = max(newest, (max(arrival(mail.id), mail.seen), mail.path))
+    now = spool_time(*newest)
+    for row in rows:
+        row['age'] = max(0, int(now - arrival(row['id'])))
+    return rows
+
+
+def queue_row(mail):
+    next_try = mail.due and not mail.parked and time.strftime(
+        '%Y-%m-%d %H:%M:%S', time.localtime(mail.due))
+    return {'id': mail.id, 'size': mail.dot - 3 - mail.start, 'age': None,
+            'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
+            'tries': mail.tries, 'parked': mail.parked,
+            'next': next_try or None, 'error': mail.problem}
+
+
+def arrival(id):
+    """When a mail came, in the spool's own time."""
+    return int(id[:8], 16)
+
+
+def spool_time(newest, path):
+    """The spool's own time now, as far as its files tell: the newest moment
+    that one of them names, and what has passed since that was written. Never
+    more than since this box was started, whatever its clock says."""
+    try:
+        passed = time.time() - os.path.getmtime(path)
+    except FileNotFoundError:
+        passed = 0                  # the service has just sent it
+    return newest + min(max(0, passed), time.monotonic())
 
 
 def age_of(seconds):
@@ -3221,23 +3288,22 @@ def ask(settings, options):
             mail.parked = False
             spool.save(mail)
     spool.close()
-    print('deleted' if what == 'delete' else
-          'the service does not run; it tries it when it starts')
+    tell('deleted' if what == 'delete' else
+         'the service does not run; it tries it when it starts')
     return 0
 
 
 def ask_service(spool, id, what, sleeptime):
     """Waits until the service has done it."""
-    print('the service is asked, it looks every %d seconds' % sleeptime,
-          flush=True)
+    tell('the service is asked, it looks every %d seconds' % sleeptime)
     path = spool.ask(id, what)
     end = time.monotonic() + sleeptime + 5
     while os.path.exists(path):
         if time.monotonic() > end:
-            print('the service is asked; it is busy with that mail')
+            tell('the service is asked; it is busy with that mail')
             return 0
         time.sleep(0.05)
-    print('deleted' if what == 'delete' else 'the service tries it now')
+    tell('deleted' if what == 'delete' else 'the service tries it now')
     return 0
 
 
@@ -3246,13 +3312,21 @@ def show(settings, options):
     for mail in mails(command_spool(settings)):
         if mail.id == options.show:
             account = settings.account_for(mail.frm) or Account()
-            header = unstuffed(dress(mail, account))
-            sys.stdout.buffer.write(header + mail.msg[split_header(
-                mail.msg):])
-            sys.stdout.flush()
+            show_message(unstuffed(dress(mail, account))
+                         + mail.msg[split_header(mail.msg):])
             return 0
     say('there is no mail %s; see --queue' % options.show)
     return 1
+
+
+def show_message(message):
+    """Every byte of it, but on a terminal nothing that it would obey."""
+    if sys.stdout.isatty():
+        for line in message.decode('utf-8', 'replace').splitlines():
+            tell(line)
+    else:
+        sys.stdout.buffer.write(message)
+        sys.stdout.flush()
 
 
 def handler_test(settings, options):
@@ -3260,8 +3334,7 @@ def handler_test(settings, options):
     import difflib
     with open(options.handler_test, 'rb') as file:
         message = smtps.DataReader.LINE_END.sub(b'\r\n', file.read())
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout,
-                        format='%(levelname)s %(message)s')
+    log_to_stdout()
     handlers = Handlers(settings)
     mail = TestMail(message)
     before = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
@@ -3269,14 +3342,23 @@ def handler_test(settings, options):
     keep = handlers.run(mail)
     after = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
              + mail.msg.decode('utf-8', 'replace')).splitlines()
-    print('enabled: ' + (', '.join(name for name, _, _ in handlers.enabled)
-                         or 'none'))
+    tell('enabled: ' + (', '.join(name for name, _, _ in handlers.enabled)
+                        or 'none'))
     for line in difflib.unified_diff(before, after, 'before', 'after', '', '',
                                      1, ''):
-        print(line)
-    print('the mail would %s; nothing was sent' % (
+        tell(line)
+    tell('the mail would %s; nothing was sent' % (
         'go on' if keep else 'be discarded'))
     return 0
+
+
+def log_to_stdout():
+    """The log among the lines of a command."""
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(ForCommand())
+    root = logging.getLogger()
+    root.handlers[:] = [console]
+    root.setLevel(logging.INFO)
 
 
 class TestMail(Mail):
@@ -3311,12 +3393,10 @@ def demo(options):
                 folder, provider.listeners[0].getsockname()[1], pop.port))
         proxy = Proxy(load(path))
         proxy.start()
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter('  log: %(message)s'))
-        logging.getLogger().handlers[:] = [console]
+        log_to_stdout()
         port = proxy.server.listeners[0].getsockname()[1]
-        print('A mail from an old printer is handed to port %d, as plain SMTP'
-              % port, flush=True)
+        tell('A mail from an old printer is handed to port %d, as plain SMTP'
+             % port)
         mail = EmailMessage()
         mail['From'], mail['To'] = 'printer@home.lan', 'you@example.org'
         mail['Subject'] = 'It works'
@@ -3333,9 +3413,11 @@ def demo(options):
     if arrived is None:
         say('the mail did not arrive; the log above should say why')
         return 1
-    print('\nThe provider took it after the POP login; what arrived:\n')
+    tell('')
+    tell('The provider took it after the POP login; what arrived:')
+    tell('')
     for line in unstuffed(arrived).decode().splitlines():
-        print('  | ' + line)
+        tell('  | ' + line)
     return 0
 
 
@@ -3381,7 +3463,7 @@ class DemoPop(threading.Thread):
         with client, client.makefile('rwb', 0) as file:
             file.write(b'+OK demo POP3 server\r\n')
             for line in file:
-                print('  pop: ' + plain(line), flush=True)
+                tell('  pop: ' + plain(line))
                 self.signed_in |= line == b'PASS secret\r\n'
                 file.write(b'+OK\r\n')
 
