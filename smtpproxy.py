@@ -72,63 +72,155 @@ NETWORKS = ('127.0.0.0/8 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 '
             '169.254.0.0/16 ::1 fc00::/7 fe80::/10')
 
 
-# In these classes: field name = ini key, annotation = type, default = default.
+# How a value of the ini is read: each of these takes its text and warn(str),
+# for what works but is not what stands there, and returns the value. Raises
+# ValueError, which says what would be right.
+
+def boolean(text, warn):
+    if text.lower() in ('true', 'yes', 'on', '1'):
+        return True
+    if text.lower() in ('false', 'no', 'off', '0'):
+        return False
+    raise ValueError('must be true or false')
+
+
+class Number:
+    """A whole number from least to most."""
+
+    def __init__(self, least, most):
+        self.least, self.most = least, most
+
+    def __call__(self, text, warn):
+        digits = text.lstrip('0')[:20] or '0'   # thousands Python won't read
+        if not re.fullmatch('[0-9]+', text) or int(digits) < self.least:
+            self.refuse()
+        if int(digits) > self.most:
+            return self.too_large(text, warn)
+        return int(digits)
+
+    def refuse(self):
+        raise ValueError('must be a whole number from %d to %d' % (
+            self.least, self.most))
+
+    def too_large(self, text, warn):
+        self.refuse()
+
+
+class Capped(Number):
+    """The same for keys of 1.x, which knew no largest: an ini with more than
+    that has to work on."""
+
+    def too_large(self, text, warn):
+        warn('= %s is too much: %d counts, the largest' % (text, self.most))
+        return self.most
+
+
+class Choice:
+    """One of these words, in any case."""
+
+    def __init__(self, *words):
+        self.words = words
+
+    def __call__(self, text, warn):
+        for word in self.words:
+            if text.lower() == word.lower():
+                return word
+        raise ValueError('must be one of ' + ', '.join(self.words))
+
+
+def one_line(text, warn):
+    if re.search(r'[\x00-\x08\x0b-\x1f\x7f]', text):
+        raise ValueError('has control characters')
+    return text
+
+
+def word(text, warn):
+    if re.search(r'\s', text):
+        raise ValueError('must be a name without blanks')
+    return one_line(text, warn)
+
+
+def mail_address(text, warn):
+    """'a@b' or 'Name <a@b>'."""
+    if text and not re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|'
+                             r'[^<>@\s]+@[^<>@\s]+$', text):
+        raise ValueError('must be a mail address')
+    return one_line(text, warn)
+
+
+def file_path(text, warn):
+    return one_line(text, warn)
+
+
+def pem_file(text, warn):
+    file_path(text, warn)
+    if text and not os.access(text, os.R_OK):
+        raise ValueError('there is no such file that we may read')
+    return text
+
+
+port_number = Number(0, 65535)
+DAY = 86400     # seconds
+
+
+# In these classes: field name = ini key, annotation = how it is read, default
+# = default.
 
 class Config(NamedTuple):
     """[config]"""
-    port: int = 25
-    host: str = ''
-    sleeptime: int = 30
-    debuglevel: int = 0
-    waitafterpop: int = 5
-    deleteonerror: bool = True
-    msgdir: str = 'msgs'
-    allow: str = NETWORKS
-    maxsize: int = 100000000
-    maxconnections: int = 100
-    timeout: int = 300
-    retrydays: int = 5
-    tlscert: str = ''
-    tlskey: str = ''
-    tlsport: int = 0
-    tlsweak: bool = False
-    user: str = ''
-    group: str = ''
+    port: port_number = 25
+    host: one_line = ''
+    sleeptime: Capped(1, DAY) = 30
+    debuglevel: Capped(0, 2) = 0
+    waitafterpop: Capped(0, 3600) = 5
+    deleteonerror: boolean = True
+    msgdir: file_path = 'msgs'
+    allow: one_line = NETWORKS
+    maxsize: Number(1, 10000000000) = 100000000
+    maxconnections: Number(1, 10000) = 100
+    timeout: Number(1, DAY) = 300
+    retrydays: Number(0, 365) = 5
+    tlscert: pem_file = ''
+    tlskey: pem_file = ''
+    tlsport: port_number = 0
+    tlsweak: boolean = False
+    user: one_line = ''
+    group: one_line = ''
 
 
 class Logging(NamedTuple):
     """[logging]"""
-    file: str = 'smtpproxy.log'
-    size: int = 1000000
-    count: int = 10
-    level: str = 'INFO'
+    file: file_path = 'smtpproxy.log'
+    size: Capped(0, 1000000000) = 1000000
+    count: Capped(0, 1000) = 10
+    level: Choice('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE') = 'INFO'
 
 
 class Account(NamedTuple):
     """One sender's way out: [<address>], [*@domain] or [default]."""
-    localhostname: str = ''
-    smtphost: str = ''
-    smtpport: int = 0
-    smtpsecurity: str = 'none'
-    smtpusername: str = ''
-    smtppassword: str = ''
-    smtpauth: str = 'auto'
-    smtpweaktls: bool = False
-    smtpconnections: int = 4
-    tlsverify: bool = True
-    tlscafile: str = ''
-    popbeforesmtp: bool = False
-    pophost: str = ''
-    popport: int = 995
-    popssl: bool = True
-    popusername: str = ''
-    poppassword: str = ''
-    popcheckdelay: int = 60
-    returnpath: str = ''
-    replyto: str = ''
-    forcefrom: str = ''
-    localpassword: str = ''
-    use: str = ''
+    localhostname: word = ''
+    smtphost: one_line = ''
+    smtpport: port_number = 0
+    smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
+    smtpusername: one_line = ''
+    smtppassword: one_line = ''
+    smtpauth: Choice('auto', 'plain', 'login', 'cram-md5') = 'auto'
+    smtpweaktls: boolean = False
+    smtpconnections: Number(1, 100) = 4
+    tlsverify: boolean = True
+    tlscafile: pem_file = ''
+    popbeforesmtp: boolean = False
+    pophost: one_line = ''
+    popport: port_number = 995
+    popssl: boolean = True
+    popusername: one_line = ''
+    poppassword: one_line = ''
+    popcheckdelay: Capped(0, DAY) = 60
+    returnpath: mail_address = ''
+    replyto: mail_address = ''
+    forcefrom: mail_address = ''
+    localpassword: one_line = ''
+    use: one_line = ''
 
     @property
     def server(self):
@@ -161,18 +253,6 @@ class Settings(NamedTuple):
         for name in sender, '*@%s' % domain, 'default':
             if name in self.accounts:
                 return name
-
-
-CHOICES = {'level': ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE'),
-           'smtpsecurity': ('none', 'tls', 'ssl'),
-           'smtpauth': ('auto', 'plain', 'login', 'cram-md5')}
-PORTS = ('port', 'tlsport', 'smtpport', 'popport')
-AT_LEAST = {'maxsize': 1, 'maxconnections': 1, 'timeout': 1,
-            'smtpconnections': 1, 'sleeptime': 1}
-ADDRESSES = ('returnpath', 'replyto', 'forcefrom')
-PATHS = ('msgdir', 'file', 'tlscert', 'tlskey', 'tlscafile')
-BOOLEANS = {'true': True, 'yes': True, 'on': True, '1': True,
-            'false': False, 'no': False, 'off': False, '0': False}
 
 
 def masked(key, value):
@@ -268,6 +348,10 @@ class IniReader:
         self.mistakes.append('%s: [%s] %s%s' % (
             self.path, section, key and key + ' ', what))
 
+    def warn(self, section, key, what):
+        self.warnings.append('%s: [%s] %s %s' % (
+            self.path, section, key, what))
+
     def read_section(self, section, shape):
         """A shape (Config, Logging, Account) from one section."""
         found = {}
@@ -279,7 +363,8 @@ class IniReader:
                 self.complain(section, key, 'has more than one line: does '
                               'the next one begin with a blank?')
             else:
-                found[key] = self.convert(section, key, value, shape)
+                found[key] = self.convert(
+                    section, key, value, shape.__annotations__[key])
         if shape is Account:
             self.check_account(section, found)
         return shape(**{key: value for key, value in found.items()
@@ -297,46 +382,15 @@ class IniReader:
         return nearest(key, shape._fields) or (
             '; known are ' + ', '.join(shape._fields))
 
-    def convert(self, section, key, text, shape):
+    def convert(self, section, key, text, kind):
         """The value of a key; None after a complaint."""
-        kind, wrong = shape.__annotations__[key], None
-        if kind is bool:
-            if text.lower() in BOOLEANS:
-                return BOOLEANS[text.lower()]
-            wrong = 'must be true or false'
-        elif kind is int:
-            low = AT_LEAST.get(key, 0)
-            high = 65535 if key in PORTS else sys.maxsize
-            if re.match(r'\d{1,18}$', text) and low <= int(text) <= high:
-                return int(text)
-            wrong = 'must be a whole number %s' % (
-                'from %d to %d' % (low, high) if key in PORTS
-                else 'of at least %d' % low)
-        elif key in CHOICES:
-            for choice in CHOICES[key]:
-                if text.lower() == choice.lower():
-                    return choice
-            wrong = 'must be one of ' + ', '.join(CHOICES[key])
-        elif re.search(r'[\x00-\x08\x0b-\x1f\x7f]', text):
-            wrong = 'has control characters'
-        elif key in ADDRESSES and text and not is_address(text):
-            wrong = 'must be a mail address'
-        elif key == 'localhostname' and re.search(r'\s', text):
-            wrong = 'must be a name without blanks'
-        else:
-            return self.located(section, key, text)
-        self.complain(section, key, '= %s: %s' % (
-            text if not key.endswith('password') else '***', wrong))
-
-    def located(self, section, key, text):
-        """Paths are relative to the folder of the ini."""
-        if key not in PATHS or not text:
-            return text
-        path = os.path.join(self.folder, os.path.expanduser(text))
-        if key.startswith('tls') and not os.access(path, os.R_OK):
-            self.complain(section, key, '= %s: there is no such file that we '
-                          'may read' % path)
-        return path
+        if kind in (file_path, pem_file) and text:
+            text = os.path.join(self.folder, os.path.expanduser(text))
+        try:
+            return kind(text, functools.partial(self.warn, section, key))
+        except ValueError as error:
+            self.complain(section, key, '= %s: %s' % (
+                '***' if key.endswith('password') else text, error))
 
     def check_account(self, section, found):
         """What an account needs, and what follows from what."""
@@ -418,12 +472,6 @@ class IniReader:
             found.append('%s: others on this box can read the passwords in '
                          'it: chmod 600 %s' % (self.path, self.path))
         return found
-
-
-def is_address(text):
-    """Is it 'a@b' or 'Name <a@b>'?"""
-    return re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|[^<>@\s]+@[^<>@\s]+$',
-                    text) is not None
 
 
 def bare_address(text):
