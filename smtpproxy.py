@@ -1792,6 +1792,20 @@ def plain(reply):
                     .split())[:400]
 
 
+def secrets_of(account):
+    """A pattern for the passwords in each form in which a server may repeat
+    what it was told. A short one counts as a word only, else it would veil
+    half of every line."""
+    forms = {form for secret in (account.smtppassword, account.poppassword)
+             if secret for form in (
+                 secret, plain(secret), repr(secret.encode())[2:-1],
+                 encoded64(secret), encoded64('\0%s\0%s' % (
+                     account.smtpusername, secret)))}
+    return re.compile('|'.join(
+        ('%s' if len(form) > 3 else r'(?<!\w)%s(?!\w)') % re.escape(form)
+        for form in sorted(forms, key=len, reverse=True)) or '(?!)')
+
+
 class Replies:
     """A server's lines, bounded in time and size: takes the place of the
     socket's file in smtplib and poplib."""
@@ -1877,7 +1891,7 @@ class PopDialogue:
         return super()._getline()
 
     def _putline(self, line):
-        self.show(line)
+        self.show(b'PASS ***' if line.startswith(b'PASS ') else line)
         super()._putline(line)
 
     def _getresp(self):
@@ -1946,7 +1960,7 @@ class Courier:
 
     def __init__(self, account, lane, config, pause=time.sleep):
         self.account, self.lane, self.config = account, lane, config
-        self.pause = pause
+        self.pause, self.secrets = pause, secrets_of(account)
         self.smtp, self.used = None, False
         self.mail = self.upcoming = None    # at hand, and the one after it
         self.offered = None         # the mail whose envelope is on its way
@@ -2042,15 +2056,7 @@ class Courier:
                                         '; '.join(answers)))
 
     def without_secrets(self, text):
-        """Some servers repeat what they were told."""
-        account = self.account
-        for secret in account.smtppassword, account.poppassword:
-            if len(secret) < 4:
-                continue                # it would veil half of every line
-            for form in (secret, plain(secret), encoded64(secret), encoded64(
-                    '\0%s\0%s' % (account.smtpusername, secret))):
-                text = text.replace(form, '***')
-        return text
+        return self.secrets.sub('***', text)
 
     def mechanisms(self):
         """Names, best first. Raises Trouble."""
