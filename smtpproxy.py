@@ -645,6 +645,11 @@ class ForCommand(OneLine):
         return '  log: ' + self.message_of(record)
 
 
+def on_terminal():
+    """Does somebody watch? There is no stderr if it was closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
+
+
 def open_log(settings):
     """Sends all log lines to the file, and to a terminal if there is one."""
     # What nobody prints need not be found out for every line.
@@ -652,7 +657,7 @@ def open_log(settings):
     logging.logMultiprocessing = False
     logging._srcfile = None
     root, handlers = logging.getLogger(), [LogFile(*settings.logging[:3])]
-    if sys.stderr and sys.stderr.isatty():
+    if on_terminal():
         handlers.append(logging.StreamHandler())
     for handler in handlers:
         handler.setFormatter(OneLine())
@@ -3594,26 +3599,75 @@ def start_over():
                   + sys.argv[1:], dict(os.environ, PYTHONPATH=path))
 
 
+class Signals:
+    """What the owner asks of the service: SIGTERM and SIGINT to stop, SIGHUP
+    to reload. None is missed, whenever it comes: the interpreter writes its
+    number into a pipe at once. A Python function would have to wait until
+    the main thread runs again, which sleeps."""
+
+    OURS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+    def __init__(self):
+        self._reader, writer = os.pipe()    # closed in what is started
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in self.OURS:
+            signal.signal(number, lambda number, frame: None)
+        # A handler may fork. Who ends the child must not end the service.
+        os.register_at_fork(before=self._block, after_in_parent=self._unblock,
+                            after_in_child=self._leave)
+
+    def wait(self):
+        """The numbers (bytes) of those that came since the last time."""
+        return os.read(self._reader, 65536)
+
+    def ignore(self):
+        """From now on. While the interpreter goes down it would not, and
+        exit code 0 would be lost."""
+        for number in self.OURS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _block(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.OURS)
+
+    def _unblock(self):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.OURS)
+
+    def _leave(self):
+        """In a child: it is a program of its own."""
+        signal.set_wakeup_fd(-1)
+        for number in self.OURS:
+            signal.signal(number, signal.SIG_DFL)
+        self._unblock()
+
+
 def serve(settings):
-    """Until SIGTERM or SIGINT. Raises StartError."""
+    """Until SIGTERM or SIGINT, also if that comes before all is up. Raises
+    StartError."""
     if __name__ == '__main__' and __spec__ is None:
         start_over()
-    signals = queue.SimpleQueue()       # no work happens in a signal handler
-    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
-        signal.signal(number, lambda number, _: signals.put(number))
+    signals = Signals()
     proxy = Proxy(settings)
     proxy.start()
     for warning in settings.warnings:
-        if not sys.stderr.isatty():     # there the log has shown it
+        if not on_terminal():           # there the log has shown it
             say(warning)
     say('%s listens on %s' % (VERSION, proxy.ports()), sys.stdout)
-    while signals.get() == signal.SIGHUP:
+    serve_until_stopped(proxy, signals)
+    proxy.stop()
+    signals.ignore()
+    return 0
+
+
+def serve_until_stopped(proxy, signals):
+    while True:
+        came = signals.wait()
+        if signal.SIGTERM in came or signal.SIGINT in came:
+            return
         try:
             proxy.reload()
         except Exception:
             log.exception('not reloaded: an error of ours')
-    proxy.stop()
-    return 0
 
 
 def main(arguments):
