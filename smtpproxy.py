@@ -469,6 +469,20 @@ class IniReader:
                           'this box' % error)
         return config, logs
 
+    def divided(self, accounts):
+        """Warnings about one login at one server whose sections differ in
+        what a connection needs: connections are then counted for each."""
+        ways = {}
+        for name, account in accounts.items():
+            if account.smtpusername:
+                login = account.server.lower(), account.smtpusername
+                ways.setdefault(login, {}).setdefault(
+                    account.connection, name)
+        return ['%s: [%s] have the same smtphost and smtpusername, but other '
+                'settings: their connections count apart; with use= they '
+                'would share them' % (self.path, '], ['.join(names.values()))
+                for names in ways.values() if len(names) > 1]
+
     def careless(self, accounts):
         """Warnings: what works, but may not be what the owner wants."""
         passwords = [(section, key, value)
@@ -478,6 +492,7 @@ class IniReader:
         found = ['%s: [%s] %s has %%%%: smtpproxy 1.x read it as one %%, 2.0 '
                  'takes it as it stands' % (self.path, section, key)
                  for section, key, value in passwords if '%%' in value]
+        found += self.divided(accounts)
         if not accounts:
             found.append('%s: no account: all mail will be refused. Add a '
                          'section such as [default]' % self.path)
@@ -2383,6 +2398,8 @@ class Relay:
         self.settings, self.handlers = settings, handlers
         self.unrouted = MailQueue(clock)
         self.destinations = {}          # {Account.connection: Destination}
+        self._dissolved = []            # not in the ini any more, but a thread
+                                        # of theirs may have a mail in hand
         self._last_round = clock()
         self._reloaded = False          # the relay thread has to rescan
         self._last_errno = None
@@ -2435,7 +2452,8 @@ class Relay:
 
     def queues(self):
         """All of them, [MailQueue]."""
-        return [self.unrouted] + list(self.destinations.values())
+        return ([self.unrouted] + list(self.destinations.values())
+                + self._dissolved)
 
     def queue_of(self, id):
         """The MailQueue that has this mail, None if it is parked, gone, or
@@ -2474,6 +2492,7 @@ class Relay:
             self._serve_request(path, id, what)
         for destination in list(self.destinations.values()):
             destination.start_threads()
+        self._dissolved = [one for one in self._dissolved if one.in_hand]
 
     def _route(self, id):
         """Gives a mail that this thread has in hand to its destination."""
@@ -2581,24 +2600,34 @@ class Relay:
 
     def _rescan(self):
         """After a reload: every mail finds its way anew, and what is parked
-        is tried once more."""
+        is tried once more. What a thread has in hand just now may fail in the
+        next moment: for that the owner's wish is left as a request."""
         found = self.spool.scan()       # first: if it fails nothing is lost
         known = {account.connection
                  for account in self.settings.accounts.values()}
-        held = set()
-        for key, destination in list(self.destinations.items()):
-            if key not in known:
-                self.destinations.pop(key).close()
-            with self.unrouted.changed:
-                ids = destination.withdraw()
-                held.update(ids, destination.in_hand)
-                for id in ids:
-                    destination.done(id)
-                    self.unrouted.add(id)
+        for key in [k for k in self.destinations if k not in known]:
+            self._dissolved.append(self.destinations[key])
+            self.destinations.pop(key).close()
+        waiting, in_hand = set(), set()
+        for destination in self.queues()[1:]:
+            with self.unrouted.changed, destination.changed:
+                in_hand.update(destination.in_hand)
+                waiting.update(self._withdraw_all(destination))
             destination.retry()
-        for id in found:
-            if id not in held and not self.unrouted.closed:
+        for id in set(found) - waiting - in_hand:
+            if not self.unrouted.closed:
                 self._revive(id)
+        for id in in_hand:
+            self.spool.ask(id, 'retry')
+
+    def _withdraw_all(self, destination):
+        """All that waits there has to find its way anew; returns the ids. The
+        caller has both locks."""
+        ids = destination.withdraw()
+        for id in ids:
+            destination.done(id)
+            self.unrouted.add(id)
+        return ids
 
     def _revive(self, id):
         """A mail that no destination has: if it is parked, it is tried again,
@@ -2632,8 +2661,11 @@ class Relay:
         for destination in list(self.destinations.values()):
             destination.retry()
         for id in found:
-            if self.queue_of(id) in (None, self.unrouted):
+            queue_ = self.queue_of(id)
+            if queue_ in (None, self.unrouted):
                 self._revive(id)
+            elif id in queue_.in_hand:
+                self.spool.ask(id, 'retry')
 
     def _serve(self, id, what):
         """Whether it could be done: a mail that a thread has in hand, or that
@@ -3148,13 +3180,21 @@ def show_queue(settings, options):
                  'sender -> recipients: last error'))
     for row in rows:
         tell(line % (row['id'], age_of(row['age']), row['size'],
-                     row['tries'], 'parked' if row['parked']
-                     else row['next'] or 'soon',
+                     row['tries'], next_try(row, settings),
                      '<%s> -> %s%s' % (row['sender'], listed(
                          row['recipients']), row['error'] and (
                              ': ' + row['error']))))
     tell('%d mails' % len(rows))
     return 0
+
+
+def next_try(row, settings):
+    """When a mail is tried again, for people. Where nobody was there at all
+    that is each sleeptime, and no time of its own is stored."""
+    if row['parked']:
+        return 'parked'
+    return row['next'] or ('each %d s' % settings.config.sleeptime
+                           if row['tries'] else 'soon')
 
 
 def queue_rows(spool):
@@ -3170,12 +3210,12 @@ def queue_rows(spool):
 
 
 def queue_row(mail):
-    next_try = mail.due and not mail.parked and time.strftime(
+    due = mail.due and not mail.parked and time.strftime(
         '%Y-%m-%d %H:%M:%S', time.localtime(mail.due))
     return {'id': mail.id, 'size': mail.dot - 3 - mail.start, 'age': None,
             'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
             'tries': mail.tries, 'parked': mail.parked,
-            'next': next_try or None, 'error': mail.problem}
+            'next': due or None, 'error': mail.problem}
 
 
 def arrival(id):

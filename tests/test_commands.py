@@ -103,6 +103,15 @@ class Queue(CommandCase):
                 self.assertLess(row['age'], 60)
                 self.assertRegex(row['next'], r'^\d{4}-\d\d-\d\d ')
 
+    def test_where_nobody_is_there_the_next_try_is_each_sleeptime(self):
+        self.upstream.close()
+        self.start({'sleeptime': 600})
+
+        self.assertLogged(self.submit(), 'each 600 seconds')
+
+        self.assertRegex(self.succeed('--queue'), r' 1  each 600 s +<')
+        self.assertIsNone(self.queue()[0]['next'])
+
     def test_what_is_parked_says_so(self):
         self.waiting('550 5.1.1 never come again')
 

@@ -210,7 +210,7 @@ class Parked(RelayCase):
         self.upstream.script = script or {'RCPT': NEVER}
         self.begin(dict({'sleeptime': 1}, **config or {}))
         id = self.put()
-        wait_until(lambda: self.spool.load(id).parked)
+        wait_until(lambda: self.spool.load(id).parked and self.at_rest())
         return id
 
     def test_a_refused_mail_is_kept_with_all_the_owner_needs(self):
@@ -258,6 +258,21 @@ class Parked(RelayCase):
 
         self.assertEqual(2, self.tried(id, 2).tries)
         wait_until(lambda: self.spool.load(id).parked)
+
+    def test_a_reload_while_it_is_refused_is_not_forgotten(self):
+        self.upstream.script['RCPT'] = [
+            lambda talk: self.wait_at_gate(talk) or NEVER, None]
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        wait_until(lambda: self.verbs('RCPT'))
+
+        self.reload()
+        self.gate.set()
+        wait_until(lambda: self.spool.load(id).parked and self.at_rest())
+        self.advance(10)
+
+        self.assertDelivered([A])
+        self.assertGone()
 
     def test_a_temporary_failure_is_parked_after_retrydays(self):
         for kind, script in (('mail', {'RCPT': LATER}),

@@ -406,6 +406,17 @@ class Warnings(SettingsCase):
                 self.assertEqual('', self.warnings(
                     self.ini(section, key, most)))
 
+    def test_sections_that_could_share_a_login_but_do_not(self):
+        one, same, other = ('[%s]\nsmtphost=mx\nsmtpusername=me\n'
+                            'smtppassword=pw\n%s' % pair for pair in (
+                                ('a@b', ''), ('c@d', 'replyto=x@y\n'),
+                                ('e@f', 'smtpport=587\nsmtpsecurity=tls\n')))
+        third = other.replace('e@f', 'g@h') + 'smtpauth=plain\n'
+
+        self.assertEqual('', self.warnings(one + same + other))
+        self.assertIn('[e@f], [g@h] have the same smtphost',
+                      self.warnings(one + same + other + third))
+
     def test_an_ini_without_an_account(self):
         self.assertIn('no account', self.warnings('[config]\n'))
 
