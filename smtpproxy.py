@@ -3354,7 +3354,8 @@ class TestMail(Mail):
         self.body, self.dot = smtps.split_header(self.data), len(self.data) + 3
         self._msg = message
         addresses = [[Address(a) for _, a in getaddresses(
-            headers.get_all(name, [])) if a] for name in ('from', 'to')]
+            [str(field) for field in headers.get_all(name, [])]) if a]
+            for name in ('from', 'to')]
         self.frm, self.to = (addresses[0] or [Address('')])[0], (
             addresses[1] or [Address('nobody@localhost')])
 
