@@ -361,8 +361,9 @@ def plain(reply):
     """A server's reply (bytes or str) in one line for the log."""
     if isinstance(reply, bytes):
         reply = reply.decode('utf-8', 'replace')
-    return ' '.join(''.join(c if c.isprintable() else ' ' for c in reply)
-                    .split())[:400]
+    if not reply.isprintable():
+        reply = ''.join(c if c.isprintable() else ' ' for c in reply)
+    return ' '.join(reply.split())[:400]
 
 
 @functools.lru_cache(32)
