@@ -272,8 +272,10 @@ class Bench:
                     'maxconnections=2000\ndeleteonerror=false\nmsgdir=msgs\n'
                     'sleeptime=%d\n[default]\nsmtphost=127.0.0.1\nsmtpport=%d'
                     % (port, sleeptime, destination or free_port()))
-            with running([sys.executable, TOP + '/smtpproxy.py', '--config',
-                          file.name], stdout=subprocess.DEVNULL) as pid:
+            # As a module, as the README's recipes start it: 6 MB less.
+            with running([sys.executable, '-m', 'smtpproxy', '--config',
+                          file.name], cwd=TOP,
+                         stdout=subprocess.DEVNULL) as pid:
                 greeted(port)
                 yield Proxy(folder, port, pid)
 

@@ -37,6 +37,27 @@ class Old(MailHandler):
 '''
 
 
+CURIOUS = '''\
+import subprocess, sys
+from MailHandler import MailHandler
+
+CHILD = (
+    'import os, signal; print(os.environ.get("PYTHONPATH"), '
+    '[n for n in (1, 2, 15) if signal.getsignal(n) == signal.SIG_IGN '
+    'or n in signal.pthread_sigmask(signal.SIG_BLOCK, [])])')
+
+class Curious(MailHandler):
+    def isEnabled(self):
+        return True
+    def setLogger(self, logger):
+        self.logger = logger
+    def handleMessage(self, message, mail, callback):
+        self.logger.log('child: ' + subprocess.check_output(
+            [sys.executable, '-c', CHILD]).decode())
+        return True
+'''
+
+
 def script(folder):
     return os.path.join(folder, 'smtpproxy.py')
 
@@ -265,12 +286,56 @@ class Service(ProgramCase):
         self.terminate(process)
 
 
-class Upgrade(ProgramCase):
+class Installed(ProgramCase):
+
+    MODULE = {'before': ('-m',), 'program': 'smtpproxy'}
 
     def install(self):
         """Puts the program where 1.x was: in the folder with its ini."""
         for name in FILES:
             shutil.copy(os.path.join(TOP, name), self.folder)
+
+class Installation(Installed):
+
+    def test_what_a_handler_starts_gets_nothing_of_ours(self):
+        """No path and no signals that the owner did not set."""
+        self.install()
+        self.write('handlers/curious.py', CURIOUS)
+        for form in {'program': 'smtpproxy.py'}, self.MODULE:
+            with self.subTest(form):
+                self.ini()
+                process = self.run_service(**form)
+                id = self.submit()
+                self.assertLogged(id, 'child: None []')
+                self.terminate(process)
+
+    def test_as_a_module_it_takes_its_own_files(self):
+        self.install()
+        self.ini()
+
+        process = self.run_service(**self.MODULE)
+
+        self.submit()
+        self.assertDelivered([A])
+        self.assertIn('smtpproxy.cpython', ' '.join(
+            os.listdir(self.path('__pycache__'))))
+        self.terminate(process)
+
+    @unittest.skipUnless(os.getuid() == 0, 'needs root')
+    def test_a_folder_that_others_may_change_is_a_warning_no_refusal(self):
+        self.install()
+        self.ini()
+        os.chown(self.folder, 65534, -1)
+        for form in {'program': 'smtpproxy.py'}, self.MODULE:
+            with self.subTest(form):
+                process = self.run_service(**form)
+                warning = self.folder + ': others than root'
+                wait_until(lambda: warning in self.output())
+                self.assertLogged('WARNING', warning)
+                self.terminate(process)
+
+
+class Upgrade(Installed):
 
     def test_an_installation_of_1_6_works_with_new_files(self):
         self.install()
