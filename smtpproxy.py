@@ -487,7 +487,7 @@ def warn_of_program(ini):
     the service could have root do anything at the next start."""
     if os.getuid() != 0:
         return []
-    for path in [ini, *program_files()]:
+    for path in [*program_files(), ini]:
         weak = changeable(path)
         if weak:
             return ['%s: others than root may change it, and root runs what '

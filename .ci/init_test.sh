@@ -103,7 +103,7 @@ print(s.getsockname()[1])')
     cp "$here/smtpproxy.init.d" "$init"
     set_variable DAEMON_PATH "$app"
     set_variable PIDFILE "$tmp/run.pid"
-    set_variable START_WAIT 3
+    set_variable START_WAIT 6
 }
 
 life() {
@@ -159,6 +159,17 @@ life() {
     pid_of_daemon
     sender 250 only@example.org
     expect 0 "stopped" stop
+
+    # One that the script of before has started, which named the file.
+    "$python" "$app/smtpproxy.py" --config "$app/smtpproxy.ini" \
+        >"$tmp/out" 2>"$tmp/err" &
+    child=$!
+    echo "$child" >"$tmp/run.pid"
+    sender 250 only@example.org
+    expect 0 "running (pid $child)" status
+    expect 0 "reloading" reload
+    expect 0 "stopped" stop
+    child=
 
     # A number that is another's by now: even an editor's with our script.
     "$python" -c 'import time; time.sleep(600)' "$app/smtpproxy.py" \
