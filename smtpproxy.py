@@ -460,8 +460,8 @@ def service_group(config):
 
 
 def warn_of_secrets(path, group):
-    """[a warning] if others than its owner and this group may read a file.
-    Root's file that a group may read is what the service can't change."""
+    """[a warning] if others than its owner and the service's group may read
+    a file. A service whose ini is root's can read it by its group only."""
     info = os.stat(path)
     others = info.st_mode & 0o077
     if not others or others == 0o040 and info.st_gid == group:
@@ -3121,8 +3121,9 @@ class Proxy:
             hand_over(os.path.dirname(file), re.escape(
                 os.path.basename(file)) + r'(\.\d+)?', owner)
         except OSError as error:
-            raise StartError('%s cannot be given to user %s: %s' % (
-                error.filename or folder, name, error.strerror))
+            raise StartError('%s cannot be given to %s: %s' % (
+                error.filename or folder, name or self.settings.config.group,
+                error.strerror))
 
     def drop_rights(self):
         uid, gid, name = identity(self.settings.config)
