@@ -73,63 +73,155 @@ NETWORKS = ('127.0.0.0/8 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 '
             '169.254.0.0/16 ::1 fc00::/7 fe80::/10')
 
 
-# In these classes: field name = ini key, annotation = type, default = default.
+# How a value of the ini is read: each of these takes its text and warn(str),
+# for what works but is not what stands there, and returns the value. Raises
+# ValueError, which says what would be right.
+
+def boolean(text, warn):
+    if text.lower() in ('true', 'yes', 'on', '1'):
+        return True
+    if text.lower() in ('false', 'no', 'off', '0'):
+        return False
+    raise ValueError('must be true or false')
+
+
+class Number:
+    """A whole number from least to most."""
+
+    def __init__(self, least, most):
+        self.least, self.most = least, most
+
+    def __call__(self, text, warn):
+        digits = text.lstrip('0')[:20] or '0'   # thousands Python won't read
+        if not re.fullmatch('[0-9]+', text) or int(digits) < self.least:
+            self.refuse()
+        if int(digits) > self.most:
+            return self.too_large(text, warn)
+        return int(digits)
+
+    def refuse(self):
+        raise ValueError('must be a whole number from %d to %d' % (
+            self.least, self.most))
+
+    def too_large(self, text, warn):
+        self.refuse()
+
+
+class Capped(Number):
+    """The same for keys of 1.x, which knew no largest: an ini with more than
+    that has to work on."""
+
+    def too_large(self, text, warn):
+        warn('= %s is too much: %d counts, the largest' % (text, self.most))
+        return self.most
+
+
+class Choice:
+    """One of these words, in any case."""
+
+    def __init__(self, *words):
+        self.words = words
+
+    def __call__(self, text, warn):
+        for word in self.words:
+            if text.lower() == word.lower():
+                return word
+        raise ValueError('must be one of ' + ', '.join(self.words))
+
+
+def one_line(text, warn):
+    if re.search(r'[\x00-\x08\x0b-\x1f\x7f]', text):
+        raise ValueError('has control characters')
+    return text
+
+
+def word(text, warn):
+    if re.search(r'\s', text):
+        raise ValueError('must be a name without blanks')
+    return one_line(text, warn)
+
+
+def mail_address(text, warn):
+    """'a@b' or 'Name <a@b>'."""
+    if text and not re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|'
+                             r'[^<>@\s]+@[^<>@\s]+$', text):
+        raise ValueError('must be a mail address')
+    return one_line(text, warn)
+
+
+def file_path(text, warn):
+    return one_line(text, warn)
+
+
+def pem_file(text, warn):
+    file_path(text, warn)
+    if text and not os.access(text, os.R_OK):
+        raise ValueError('there is no such file that we may read')
+    return text
+
+
+port_number = Number(0, 65535)
+DAY = 86400     # seconds
+
+
+# In these classes: field name = ini key, annotation = how it is read, default
+# = default.
 
 class Config(NamedTuple):
     """[config]"""
-    port: int = 25
-    host: str = ''
-    sleeptime: int = 30
-    debuglevel: int = 0
-    waitafterpop: int = 5
-    deleteonerror: bool = True
-    msgdir: str = 'msgs'
-    allow: str = NETWORKS
-    maxsize: int = 100000000
-    maxconnections: int = 100
-    timeout: int = 300
-    retrydays: int = 5
-    tlscert: str = ''
-    tlskey: str = ''
-    tlsport: int = 0
-    tlsweak: bool = False
-    user: str = ''
-    group: str = ''
+    port: port_number = 25
+    host: one_line = ''
+    sleeptime: Capped(1, DAY) = 30
+    debuglevel: Capped(0, 2) = 0
+    waitafterpop: Capped(0, 3600) = 5
+    deleteonerror: boolean = True
+    msgdir: file_path = 'msgs'
+    allow: one_line = NETWORKS
+    maxsize: Number(1, 10000000000) = 100000000
+    maxconnections: Number(1, 10000) = 100
+    timeout: Number(1, DAY) = 300
+    retrydays: Number(0, 365) = 5
+    tlscert: pem_file = ''
+    tlskey: pem_file = ''
+    tlsport: port_number = 0
+    tlsweak: boolean = False
+    user: one_line = ''
+    group: one_line = ''
 
 
 class Logging(NamedTuple):
     """[logging]"""
-    file: str = 'smtpproxy.log'
-    size: int = 1000000
-    count: int = 10
-    level: str = 'INFO'
+    file: file_path = 'smtpproxy.log'
+    size: Capped(0, 1000000000) = 1000000
+    count: Capped(0, 1000) = 10
+    level: Choice('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE') = 'INFO'
 
 
 class Account(NamedTuple):
     """One sender's way out: [<address>], [*@domain] or [default]."""
-    localhostname: str = ''
-    smtphost: str = ''
-    smtpport: int = 0
-    smtpsecurity: str = 'none'
-    smtpusername: str = ''
-    smtppassword: str = ''
-    smtpauth: str = 'auto'
-    smtpweaktls: bool = False
-    smtpconnections: int = 4
-    tlsverify: bool = True
-    tlscafile: str = ''
-    popbeforesmtp: bool = False
-    pophost: str = ''
-    popport: int = 995
-    popssl: bool = True
-    popusername: str = ''
-    poppassword: str = ''
-    popcheckdelay: int = 60
-    returnpath: str = ''
-    replyto: str = ''
-    forcefrom: str = ''
-    localpassword: str = ''
-    use: str = ''
+    localhostname: word = ''
+    smtphost: one_line = ''
+    smtpport: port_number = 0
+    smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
+    smtpusername: one_line = ''
+    smtppassword: one_line = ''
+    smtpauth: Choice('auto', 'plain', 'login', 'cram-md5') = 'auto'
+    smtpweaktls: boolean = False
+    smtpconnections: Number(1, 100) = 4
+    tlsverify: boolean = True
+    tlscafile: pem_file = ''
+    popbeforesmtp: boolean = False
+    pophost: one_line = ''
+    popport: port_number = 995
+    popssl: boolean = True
+    popusername: one_line = ''
+    poppassword: one_line = ''
+    popcheckdelay: Capped(0, DAY) = 60
+    returnpath: mail_address = ''
+    replyto: mail_address = ''
+    forcefrom: mail_address = ''
+    localpassword: one_line = ''
+    use: one_line = ''
 
     @property
     def server(self):
@@ -162,18 +254,6 @@ class Settings(NamedTuple):
         for name in sender, '*@%s' % domain, 'default':
             if name in self.accounts:
                 return name
-
-
-CHOICES = {'level': ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE'),
-           'smtpsecurity': ('none', 'tls', 'ssl'),
-           'smtpauth': ('auto', 'plain', 'login', 'cram-md5')}
-PORTS = ('port', 'tlsport', 'smtpport', 'popport')
-AT_LEAST = {'maxsize': 1, 'maxconnections': 1, 'timeout': 1,
-            'smtpconnections': 1, 'sleeptime': 1}
-ADDRESSES = ('returnpath', 'replyto', 'forcefrom')
-PATHS = ('msgdir', 'file', 'tlscert', 'tlskey', 'tlscafile')
-BOOLEANS = {'true': True, 'yes': True, 'on': True, '1': True,
-            'false': False, 'no': False, 'off': False, '0': False}
 
 
 def masked(key, value):
@@ -269,6 +349,10 @@ class IniReader:
         self.mistakes.append('%s: [%s] %s%s' % (
             self.path, section, key and key + ' ', what))
 
+    def warn(self, section, key, what):
+        self.warnings.append('%s: [%s] %s %s' % (
+            self.path, section, key, what))
+
     def read_section(self, section, shape):
         """A shape (Config, Logging, Account) from one section."""
         found = {}
@@ -280,7 +364,8 @@ class IniReader:
                 self.complain(section, key, 'has more than one line: does '
                               'the next one begin with a blank?')
             else:
-                found[key] = self.convert(section, key, value, shape)
+                found[key] = self.convert(
+                    section, key, value, shape.__annotations__[key])
         if shape is Account:
             self.check_account(section, found)
         return shape(**{key: value for key, value in found.items()
@@ -298,46 +383,15 @@ class IniReader:
         return nearest(key, shape._fields) or (
             '; known are ' + ', '.join(shape._fields))
 
-    def convert(self, section, key, text, shape):
+    def convert(self, section, key, text, kind):
         """The value of a key; None after a complaint."""
-        kind, wrong = shape.__annotations__[key], None
-        if kind is bool:
-            if text.lower() in BOOLEANS:
-                return BOOLEANS[text.lower()]
-            wrong = 'must be true or false'
-        elif kind is int:
-            low = AT_LEAST.get(key, 0)
-            high = 65535 if key in PORTS else sys.maxsize
-            if re.match(r'\d{1,18}$', text) and low <= int(text) <= high:
-                return int(text)
-            wrong = 'must be a whole number %s' % (
-                'from %d to %d' % (low, high) if key in PORTS
-                else 'of at least %d' % low)
-        elif key in CHOICES:
-            for choice in CHOICES[key]:
-                if text.lower() == choice.lower():
-                    return choice
-            wrong = 'must be one of ' + ', '.join(CHOICES[key])
-        elif re.search(r'[\x00-\x08\x0b-\x1f\x7f]', text):
-            wrong = 'has control characters'
-        elif key in ADDRESSES and text and not is_address(text):
-            wrong = 'must be a mail address'
-        elif key == 'localhostname' and re.search(r'\s', text):
-            wrong = 'must be a name without blanks'
-        else:
-            return self.located(section, key, text)
-        self.complain(section, key, '= %s: %s' % (
-            text if not key.endswith('password') else '***', wrong))
-
-    def located(self, section, key, text):
-        """Paths are relative to the folder of the ini."""
-        if key not in PATHS or not text:
-            return text
-        path = os.path.join(self.folder, os.path.expanduser(text))
-        if key.startswith('tls') and not os.access(path, os.R_OK):
-            self.complain(section, key, '= %s: there is no such file that we '
-                          'may read' % path)
-        return path
+        if kind in (file_path, pem_file) and text:
+            text = os.path.join(self.folder, os.path.expanduser(text))
+        try:
+            return kind(text, functools.partial(self.warn, section, key))
+        except ValueError as error:
+            self.complain(section, key, '= %s: %s' % (
+                '***' if key.endswith('password') else text, error))
 
     def check_account(self, section, found):
         """What an account needs, and what follows from what."""
@@ -419,12 +473,6 @@ class IniReader:
             found += warn_of_secrets(self.path, service_group(config))
         return (found + warn_of_folder(config.msgdir)
                 + warn_of_program(self.path))
-
-
-def is_address(text):
-    """Is it 'a@b' or 'Name <a@b>'?"""
-    return re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|[^<>@\s]+@[^<>@\s]+$',
-                    text) is not None
 
 
 def bare_address(text):
@@ -554,14 +602,21 @@ class Networks:
 class LogFile(logging.Handler):
     """A file that starts anew at size bytes; count old ones are kept. What
     can't be written is said once on stderr: a full disk is the log's trouble
-    and never the mail's."""
+    and never the mail's.
+
+    Whoever touches the descriptor holds logging's lock of this handler: its
+    number is soon another file's, a mail's perhaps. A thread that looked the
+    handlers up before a reload may write after close(): its line still goes
+    to the log, which is open for that line only."""
 
     def __init__(self, path, size, count):
         super().__init__()
         self.path, self.size, self.count = path, size, count
         self.file, self.written, self.broken = None, 0, ''
+        self.closed = False
 
     def emit(self, record):
+        """Under the lock: see logging.Handler.handle."""
         line = (self.format(record) + '\n').encode('utf-8', 'replace')
         try:
             if self.file is None:
@@ -573,6 +628,8 @@ class LogFile(logging.Handler):
             self.written += len(line)
         except OSError as error:
             self.complain('written', error)
+        if self.closed:
+            self.close_file()
 
     def open(self):
         self.file = os.open(
@@ -609,30 +666,43 @@ class LogFile(logging.Handler):
             os.close(file)
 
     def close(self):
-        self.close_file()
+        self.acquire()
+        try:
+            self.closed = True
+            self.close_file()
+        finally:
+            self.release()
         super().close()
+
+
+def printable(text):
+    """text, in which a terminal finds nothing to obey and a log no other
+    line: what is not to be printed is spelled out, as in \\x1b."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def tell(text):
+    """One line of a command on stdout. Raises OSError."""
+    print(printable(text.expandtabs()), flush=True)
 
 
 def say(text, file=None):
     """One line to whoever started us, who may not be there any more."""
-    try:
-        print('smtpproxy: ' + text, file=file or sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        print('smtpproxy: ' + printable(text), file=file or sys.stderr,
+              flush=True)
 
 
 class OneLine(logging.Formatter):
-    """Whatever a client or server says can't fake a second line."""
+    """Whatever a client or server says can't fake a line of ours: what is
+    printed below a line, a traceback, stands back from the edge."""
 
     second = clock = None
 
     def format(self, record):
-        message = record.getMessage()
-        if not message.isprintable():
-            message = ''.join(c if c.isprintable() else ascii(c)[1:-1]
-                              for c in message)
-        if record.exc_info:
-            message += '\n' + self.formatException(record.exc_info)
+        message = self.message_of(record)
         second = int(record.created)
         if second != self.second:       # of many lines a second, format one
             self.clock = time.strftime(
@@ -640,6 +710,25 @@ class OneLine(logging.Formatter):
             self.second = second
         return '%s,%03d %s %s' % (self.clock, record.msecs, record.levelname,
                                   message)
+
+    def message_of(self, record):
+        lines = [printable(record.getMessage())]
+        if record.exc_info:
+            lines += ['    ' + printable(line) for line in
+                      self.formatException(record.exc_info).splitlines()]
+        return '\n'.join(lines)
+
+
+class ForCommand(OneLine):
+    """The log among the lines of a command: what, but not when."""
+
+    def format(self, record):
+        return '  log: ' + self.message_of(record)
+
+
+def on_terminal():
+    """Does somebody watch? There is no stderr if it was closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def open_log(settings):
@@ -649,7 +738,7 @@ def open_log(settings):
     logging.logMultiprocessing = False
     logging._srcfile = None
     root, handlers = logging.getLogger(), [LogFile(*settings.logging[:3])]
-    if sys.stderr and sys.stderr.isatty():
+    if on_terminal():
         handlers.append(logging.StreamHandler())
     for handler in handlers:
         handler.setFormatter(OneLine())
@@ -742,6 +831,7 @@ END = b'\r\n.\r\nNOOP crc32='     # no mail can hold this: its dots are doubled
 END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
+STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
 
@@ -752,8 +842,9 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool. start, body, dot: offsets of the header, of the empty line behind
-    it, and of what follows the final dot's line."""
+    bool; flaw: str, why its envelope must not be sent, or ''. start, body,
+    dot: offsets of the header, of the empty line behind it, and of what
+    follows the final dot's line."""
 
     # What is kept while it is in trouble, and its types.
     STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
@@ -764,6 +855,7 @@ class Mail:
         self.tries, self.due, self.problem = 0, 0.0, ''
         self.handled = self.parked = False
         self.refused = {}           # {recipient: reply}, refused for good
+        self.flaw = ''
         self._msg, self.seen = None, 0
         self.read()
         self.saved = self.state()
@@ -836,14 +928,31 @@ class Mail:
             lines = envelope.decode().split('\r\n')
             if not lines[0].startswith('MAIL FROM:'):
                 raise ValueError('it does not begin with MAIL FROM')
-            frm, self.parameters = smtps.parse_path(lines[0][10:], '5.1.7')
-            self.frm = Address(frm)
-            self.to = [Address(smtps.parse_path(line[8:], '5.1.3')[0])
-                       for line in lines[1:] if line.startswith('RCPT TO:')]
+            self.frm, self.parameters = self.parse_stored(lines[0][10:])
+            self.to = [self.parse_stored(line[8:])[0] for line in lines[1:]
+                       if line.startswith('RCPT TO:')]
             if not self.to or len(self.to) + 1 != len(lines) or not data:
                 raise ValueError('its envelope is not whole')
-        except (ValueError, smtps.Refused) as error:
+        except ValueError as error:
             raise Unreadable(str(error))
+
+    def parse_stored(self, text):
+        """(Address, parameters) of a path as Draft wrote it. An earlier
+        version took some that would now be refused or be another address:
+        that one stays as it is, with a flaw. Raises ValueError."""
+        stored = STORED.match(text)
+        if not stored:
+            raise ValueError('its envelope is not whole')
+        try:
+            address, parameters = smtps.parse_path(text, '5.1.0')
+            if address == stored[1]:
+                return Address(address), parameters
+            why = 'it would be sent as <%s>' % address
+        except smtps.Refused as error:
+            why = str(error)
+        self.flaw = '<%s> in its envelope is no address: %s' % (
+            stored[1], why)
+        return Address(stored[1]), {}
 
     def verify(self):
         """Raises Unreadable if the bytes are not those that were stored."""
@@ -1534,7 +1643,7 @@ class Handlers:
             try:
                 for handler in self.load(name):
                     self.prepare(name, handler, options)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:      # sys.exit() as well
                 self.problem(name, 'cannot be loaded and is skipped: %s'
                              % (missing_module(error) if isinstance(
                                  error, ModuleNotFoundError) and
@@ -1624,15 +1733,23 @@ class Handlers:
         if isinstance(mail.to, str) or not all(
                 isinstance(a, str) for a in [mail.frm] + list(mail.to)):
             raise ValueError('mail.to must be a list of str, mail.frm a str')
-        frm, to = mail.frm.strip('<>'), [a.strip('<>') for a in mail.to]
+        frm, *to = map(Handlers.envelope_address, [mail.frm] + list(mail.to))
         if not to or not all(to):
             raise ValueError('it left no recipient')
-        for address in [frm] + to:
-            try:
-                smtps.parse_path('<%s>' % address, '5.1.3')
-            except smtps.Refused as error:
-                raise ValueError('%r: %s' % (address, error))
-        return Address(frm), [Address(address) for address in to]
+        return frm, to
+
+    @staticmethod
+    def envelope_address(text):
+        """The Address that the listener makes of the same text: it is what
+        will be read from msgs/. Raises ValueError."""
+        try:
+            address, parameters = smtps.parse_path(
+                '<%s>' % text.strip('<>'), '5.1.3')
+        except smtps.Refused as error:
+            raise ValueError('%r: %s' % (text, error))
+        if parameters:
+            raise ValueError('%r: more than an address' % text)
+        return Address(address)
 
 
 # --- Courier: one account's way out -----------------------------------------
@@ -1768,6 +1885,20 @@ def plain(reply):
                     .split())[:400]
 
 
+def secrets_of(account):
+    """A pattern for the passwords in each form in which a server may repeat
+    what it was told. A short one counts as a word only, else it would veil
+    half of every line."""
+    forms = {form for secret in (account.smtppassword, account.poppassword)
+             if secret for form in (
+                 secret, plain(secret), repr(secret.encode())[2:-1],
+                 encoded64(secret), encoded64('\0%s\0%s' % (
+                     account.smtpusername, secret)))}
+    return re.compile('|'.join(
+        ('%s' if len(form) > 3 else r'(?<!\w)%s(?!\w)') % re.escape(form)
+        for form in sorted(forms, key=len, reverse=True)) or '(?!)')
+
+
 class Replies:
     """A server's lines, bounded in time and size: takes the place of the
     socket's file in smtplib and poplib."""
@@ -1853,7 +1984,7 @@ class PopDialogue:
         return super()._getline()
 
     def _putline(self, line):
-        self.show(line)
+        self.show(b'PASS ***' if line.startswith(b'PASS ') else line)
         super()._putline(line)
 
     def _getresp(self):
@@ -1922,7 +2053,7 @@ class Courier:
 
     def __init__(self, account, lane, config, pause=time.sleep):
         self.account, self.lane, self.config = account, lane, config
-        self.pause = pause
+        self.pause, self.secrets = pause, secrets_of(account)
         self.smtp, self.used = None, False
         self.mail = self.upcoming = None    # at hand, and the one after it
         self.offered = None         # the mail whose envelope is on its way
@@ -2018,15 +2149,7 @@ class Courier:
                                         '; '.join(answers)))
 
     def without_secrets(self, text):
-        """Some servers repeat what they were told."""
-        account = self.account
-        for secret in account.smtppassword, account.poppassword:
-            if len(secret) < 4:
-                continue                # it would veil half of every line
-            for form in (secret, plain(secret), encoded64(secret), encoded64(
-                    '\0%s\0%s' % (account.smtpusername, secret))):
-                text = text.replace(form, '***')
-        return text
+        return self.secrets.sub('***', text)
 
     def mechanisms(self):
         """Names, best first. Raises Trouble."""
@@ -2582,6 +2705,9 @@ class Relay:
             mail = self.load(id, to_send=bool(self.handlers.enabled))
             if mail is None or mail.parked and id not in self.asked:
                 return
+            if mail.flaw:
+                self.park_flawed(id)
+                return
             if not mail.handled and not self.handle(mail):
                 return
             sender = mail.frm
@@ -2856,6 +2982,17 @@ class Relay:
                   '%s; --retry %s sends it again, --delete %s removes it',
                   mail.id, what, mail.problem, self.describe(mail, mail.to),
                   mail.id, mail.id)
+
+    def park_flawed(self, id):
+        """No server is told such an envelope. Not even deleteonerror deletes
+        it: it was promised by a version that took more."""
+        self.asked.discard(id)
+        mail = self.load(id)
+        if mail:
+            mail.problem = mail.flaw
+            mail.refused = dict.fromkeys(mail.to, mail.flaw)
+            mail.to = []
+            self.park(mail)
 
     def settle_homeless(self, id):
         """No account: permanent."""
@@ -3162,6 +3299,9 @@ class Proxy:
             if getattr(new.config, key) != getattr(self.started, key):
                 log.warning('[config] %s has changed: that needs a restart',
                             key)
+        if self.started.tlsport and not new.config.tlscert:
+            log.warning('[config] tlscert is gone: clients at tlsport %d get '
+                        'a 421 until a restart', self.started.tlsport)
         tls_context.cache_clear()
         open_log(new)
         self.settings, self.handlers = new, Handlers(new)
@@ -3207,14 +3347,14 @@ def listener_tls(config):
 
 def check(settings, options):
     """--check: would it start?"""
-    print('%s: [config] port=%d, msgs in %s, log in %s' % (
+    tell('%s: [config] port=%d, msgs in %s, log in %s' % (
         settings.file, settings.config.port, settings.config.msgdir,
         settings.logging.file))
     for name, account in settings.accounts.items():
-        print('[%s]' % name)
+        tell('[%s]' % name)
         for key, value in account._asdict().items():
             if value != Account._field_defaults[key]:
-                print('    %s = %s' % (key, masked(key, value)))
+                tell('    %s = %s' % (key, masked(key, value)))
     problems = []
     proxy = Proxy(settings)
     for step in (functools.partial(proxy.limits, settings),
@@ -3226,12 +3366,12 @@ def check(settings, options):
     proxy.server.stop(0)
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
-        print('handler %s is enabled' % name)
+        tell('handler %s is enabled' % name)
     for line in settings.warnings + handlers.problems:
-        print('warning: ' + line)
+        tell('warning: ' + line)
     for line in problems:
         say(line)
-    print('this would start' if not problems else 'this would not start')
+    tell('this would start' if not problems else 'this would not start')
     return 1 if problems else 0
 
 
@@ -3248,29 +3388,60 @@ def mails(spool):
 
 def show_queue(settings, options):
     """--queue: what waits in msgs/."""
-    rows = [{'id': mail.id, 'size': mail.dot - 3 - mail.start,
-             'age': max(0, int(time.time() - os.path.getmtime(mail.path))),
-             'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
-             'tries': mail.tries, 'parked': mail.parked,
-             'next': mail.due and not mail.parked and time.strftime(
-                 '%Y-%m-%d %H:%M:%S', time.localtime(mail.due)) or None,
-             'error': mail.problem} for mail in mails(command_spool(settings))]
+    rows = queue_rows(command_spool(settings))
     if options.json:
         import json
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows, indent=1))   # ASCII, all else is escaped
         return 0
     line = '%-14s %9s %10s %5s  %-19s  %s'
-    print(line % ('id', 'age', 'size', 'tries', 'next try',
-                  'sender -> recipients: last error'))
+    tell(line % ('id', 'age', 'size', 'tries', 'next try',
+                 'sender -> recipients: last error'))
     for row in rows:
-        print(line % (row['id'], age_of(row['age']), row['size'],
-                      row['tries'], 'parked' if row['parked']
-                      else row['next'] or 'soon',
-                      '<%s> -> %s%s' % (row['sender'], listed(
-                          row['recipients']), row['error'] and (
-                              ': ' + row['error']))))
-    print('%d mails' % len(rows))
+        tell(line % (row['id'], age_of(row['age']), row['size'],
+                     row['tries'], 'parked' if row['parked']
+                     else row['next'] or 'soon',
+                     '<%s> -> %s%s' % (row['sender'], listed(
+                         row['recipients']), row['error'] and (
+                             ': ' + row['error']))))
+    tell('%d mails' % len(rows))
     return 0
+
+
+def queue_rows(spool):
+    """[{what a script gets of a mail that waits}]"""
+    rows, newest = [], (0, '')
+    for mail in mails(spool):       # one at a time: there may be thousands
+        rows.append(queue_row(mail))
+        newest = max(newest, (max(arrival(mail.id), mail.seen), mail.path))
+    now = spool_time(*newest)
+    for row in rows:
+        row['age'] = max(0, int(now - arrival(row['id'])))
+    return rows
+
+
+def queue_row(mail):
+    next_try = mail.due and not mail.parked and time.strftime(
+        '%Y-%m-%d %H:%M:%S', time.localtime(mail.due))
+    return {'id': mail.id, 'size': mail.dot - 3 - mail.start, 'age': None,
+            'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
+            'tries': mail.tries, 'parked': mail.parked,
+            'next': next_try or None, 'error': mail.problem}
+
+
+def arrival(id):
+    """When a mail came, in the spool's own time."""
+    return int(id[:8], 16)
+
+
+def spool_time(newest, path):
+    """The spool's own time now, as far as its files tell: the newest moment
+    that one of them names, and what has passed since that was written. Never
+    more than since this box was started, whatever its clock says."""
+    try:
+        passed = time.time() - os.path.getmtime(path)
+    except FileNotFoundError:
+        passed = 0                  # the service has just sent it
+    return newest + min(max(0, passed), time.monotonic())
 
 
 def age_of(seconds):
@@ -3308,23 +3479,22 @@ def ask(settings, options):
             mail.parked = False
             spool.save(mail)
     spool.close()
-    print('deleted' if what == 'delete' else
-          'the service does not run; it tries it when it starts')
+    tell('deleted' if what == 'delete' else
+         'the service does not run; it tries it when it starts')
     return 0
 
 
 def ask_service(spool, id, what, sleeptime):
     """Waits until the service has done it."""
-    print('the service is asked, it looks every %d seconds' % sleeptime,
-          flush=True)
+    tell('the service is asked, it looks every %d seconds' % sleeptime)
     path = spool.ask(id, what)
     end = time.monotonic() + sleeptime + 5
     while os.path.exists(path):
         if time.monotonic() > end:
-            print('the service is asked; it is busy with that mail')
+            tell('the service is asked; it is busy with that mail')
             return 0
         time.sleep(0.05)
-    print('deleted' if what == 'delete' else 'the service tries it now')
+    tell('deleted' if what == 'delete' else 'the service tries it now')
     return 0
 
 
@@ -3333,13 +3503,21 @@ def show(settings, options):
     for mail in mails(command_spool(settings)):
         if mail.id == options.show:
             account = settings.account_for(mail.frm) or Account()
-            header = unstuffed(dress(mail, account))
-            sys.stdout.buffer.write(header + mail.msg[split_header(
-                mail.msg):])
-            sys.stdout.flush()
+            show_message(unstuffed(dress(mail, account))
+                         + mail.msg[split_header(mail.msg):])
             return 0
     say('there is no mail %s; see --queue' % options.show)
     return 1
+
+
+def show_message(message):
+    """Every byte of it, but on a terminal nothing that it would obey."""
+    if sys.stdout.isatty():
+        for line in message.decode('utf-8', 'replace').splitlines():
+            tell(line)
+    else:
+        sys.stdout.buffer.write(message)
+        sys.stdout.flush()
 
 
 def handler_test(settings, options):
@@ -3347,8 +3525,7 @@ def handler_test(settings, options):
     import difflib
     with open(options.handler_test, 'rb') as file:
         message = smtps.DataReader.LINE_END.sub(b'\r\n', file.read())
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout,
-                        format='%(levelname)s %(message)s')
+    log_to_stdout()
     handlers = Handlers(settings)
     mail = TestMail(message)
     before = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
@@ -3356,14 +3533,23 @@ def handler_test(settings, options):
     keep = handlers.run(mail)
     after = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
              + mail.msg.decode('utf-8', 'replace')).splitlines()
-    print('enabled: ' + (', '.join(name for name, _, _ in handlers.enabled)
-                         or 'none'))
+    tell('enabled: ' + (', '.join(name for name, _, _ in handlers.enabled)
+                        or 'none'))
     for line in difflib.unified_diff(before, after, 'before', 'after', '', '',
                                      1, ''):
-        print(line)
-    print('the mail would %s; nothing was sent' % (
+        tell(line)
+    tell('the mail would %s; nothing was sent' % (
         'go on' if keep else 'be discarded'))
     return 0
+
+
+def log_to_stdout():
+    """The log among the lines of a command."""
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(ForCommand())
+    root = logging.getLogger()
+    root.handlers[:] = [console]
+    root.setLevel(logging.INFO)
 
 
 class TestMail(Mail):
@@ -3398,12 +3584,10 @@ def demo(options):
                 folder, provider.listeners[0].getsockname()[1], pop.port))
         proxy = Proxy(load(path))
         proxy.start()
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter('  log: %(message)s'))
-        logging.getLogger().handlers[:] = [console]
+        log_to_stdout()
         port = proxy.server.listeners[0].getsockname()[1]
-        print('A mail from an old printer is handed to port %d, as plain SMTP'
-              % port, flush=True)
+        tell('A mail from an old printer is handed to port %d, as plain SMTP'
+             % port)
         mail = EmailMessage()
         mail['From'], mail['To'] = 'printer@home.lan', 'you@example.org'
         mail['Subject'] = 'It works'
@@ -3420,9 +3604,11 @@ def demo(options):
     if arrived is None:
         say('the mail did not arrive; the log above should say why')
         return 1
-    print('\nThe provider took it after the POP login; what arrived:\n')
+    tell('')
+    tell('The provider took it after the POP login; what arrived:')
+    tell('')
     for line in unstuffed(arrived).decode().splitlines():
-        print('  | ' + line)
+        tell('  | ' + line)
     return 0
 
 
@@ -3468,7 +3654,7 @@ class DemoPop(threading.Thread):
         with client, client.makefile('rwb', 0) as file:
             file.write(b'+OK demo POP3 server\r\n')
             for line in file:
-                print('  pop: ' + plain(line), flush=True)
+                tell('  pop: ' + plain(line))
                 self.signed_in |= line == b'PASS secret\r\n'
                 file.write(b'+OK\r\n')
 
@@ -3530,24 +3716,73 @@ COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
             'show': show, 'handler_test': handler_test}
 
 
+class Signals:
+    """What the owner asks of the service: SIGTERM and SIGINT to stop, SIGHUP
+    to reload. None is missed, whenever it comes: the interpreter writes its
+    number into a pipe at once. A Python function would have to wait until
+    the main thread runs again, which sleeps."""
+
+    OURS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+    def __init__(self):
+        self._reader, writer = os.pipe()    # closed in what is started
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in self.OURS:
+            signal.signal(number, lambda number, frame: None)
+        # A handler may fork. Who ends the child must not end the service.
+        os.register_at_fork(before=self._block, after_in_parent=self._unblock,
+                            after_in_child=self._leave)
+
+    def wait(self):
+        """The numbers (bytes) of those that came since the last time."""
+        return os.read(self._reader, 65536)
+
+    def ignore(self):
+        """From now on. While the interpreter goes down it would not, and
+        exit code 0 would be lost."""
+        for number in self.OURS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _block(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.OURS)
+
+    def _unblock(self):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.OURS)
+
+    def _leave(self):
+        """In a child: it is a program of its own."""
+        signal.set_wakeup_fd(-1)
+        for number in self.OURS:
+            signal.signal(number, signal.SIG_DFL)
+        self._unblock()
+
+
 def serve(settings):
-    """Until SIGTERM or SIGINT. Raises StartError."""
-    signals = queue.SimpleQueue()       # no work happens in a signal handler
-    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
-        signal.signal(number, lambda number, _: signals.put(number))
+    """Until SIGTERM or SIGINT, also if that comes before all is up. Raises
+    StartError."""
+    signals = Signals()
     proxy = Proxy(settings)
     proxy.start()
     for warning in settings.warnings:
-        if not sys.stderr.isatty():     # there the log has shown it
+        if not on_terminal():           # there the log has shown it
             say(warning)
     say('%s listens on %s' % (VERSION, proxy.ports()), sys.stdout)
-    while signals.get() == signal.SIGHUP:
+    serve_until_stopped(proxy, signals)
+    proxy.stop()
+    signals.ignore()
+    return 0
+
+
+def serve_until_stopped(proxy, signals):
+    while True:
+        came = signals.wait()
+        if signal.SIGTERM in came or signal.SIGINT in came:
+            return
         try:
             proxy.reload()
         except Exception:
             log.exception('not reloaded: an error of ours')
-    proxy.stop()
-    return 0
 
 
 def main(arguments):
