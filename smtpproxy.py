@@ -3665,6 +3665,8 @@ class Signals:
     def ignore(self):
         """From now on. While the interpreter goes down it would not, and
         exit code 0 would be lost."""
+        # Python complains of a signal that comes just between the two states.
+        sys.unraisablehook = lambda unraisable: None
         for number in self.OURS:
             signal.signal(number, signal.SIG_IGN)
 

@@ -384,6 +384,9 @@ class Installation(ProgramCase):
 
     def test_as_a_module_it_takes_its_own_files(self):
         self.install()
+        self.environment = {key: value for key, value in
+                            self.environment.items()
+                            if key != 'PYTHONPYCACHEPREFIX'}
         self.ini()
 
         process = self.run_service(**self.MODULE)
