@@ -1164,10 +1164,6 @@ class Spool:
         """Seconds that a mail has been here with a service running."""
         return self.now() - int(id[:8], 16)
 
-    def is_older(self, id, days):
-        """Has it been here for so many days?"""
-        return self.age(id) >= days * 86400
-
     def new_id(self):
         with self.counting:
             self.sequence = (self.sequence + 1) % 0x100000
@@ -2426,11 +2422,11 @@ class Destination(MailQueue):
             self._threads = self._most_threads = others
             return others
 
-    def defer(self, until, why, absent, failures):
-        """The account can't be used: nothing is tried before until."""
+    def defer(self, seconds, why, absent, failures):
+        """The account can't be used: nothing is tried for so long."""
         with self.changed:
-            self.not_before, self.why, self.absent = until, why, absent
-            self.failures = failures
+            self.not_before = self.clock() + seconds
+            self.why, self.absent, self.failures = why, absent, failures
 
     # With the lock held.
 
@@ -2465,523 +2461,6 @@ class Destination(MailQueue):
             self._gets_through = False
 
 
-class Relay:
-    """Decides for every mail what happens next.
-
-    Its own thread does what needs one thread: it looks at the mails found at
-    start, lets handlers look at new ones, finds each one's destination and
-    serves the owner's requests. A mail that no handler wants to see goes
-    straight to its destination, from the thread that has stored it. The
-    destinations' threads deliver and settle. settings and handlers are
-    replaced as a whole by a reload; a thread that begins with a mail takes
-    the settings of that moment and keeps to them.
-
-    Where is a mail? In `unrouted` (its destination is not known yet), in one
-    destination, or, if it is parked, in none: `queue_of`. Who needs the locks
-    of two queues takes that of `unrouted` first.
-    """
-
-    def __init__(self, spool, settings, handlers, clock=time.monotonic):
-        self.spool, self.clock = spool, clock
-        self.settings, self.handlers = settings, handlers
-        self.unrouted = MailQueue(clock)
-        self.destinations = {}          # {Account.connection: Destination}
-        self._dissolved = []            # not in the ini any more, but a thread
-                                        # of theirs may have a mail in hand
-        self._last_round = clock()
-        self._reloaded = False          # the relay thread has to rescan
-        self._last_errno = None
-        self._thread = threading.Thread(target=self._run, name='relay',
-                                        daemon=True)
-
-    # For other threads.
-
-    def start(self, found):
-        """found: ids of mails in the spool."""
-        for id in found:
-            self.unrouted.add(id)
-        self._thread.start()
-
-    def announce(self, id, sender, line):
-        """A mail is safe on disk. line: what the log says of that; what the
-        mail has to wait for comes behind it."""
-        destination = None
-        if not self.handlers.enabled:
-            destination = self._destination_of(sender)
-        log.info('%s%s', line, destination.outlook() if destination else '')
-        if destination is None or not destination.add(id):
-            self.unrouted.add(id)
-
-    def reload(self, settings, handlers):
-        """New settings; all that waits is tried at once, parked or not."""
-        self.settings, self.handlers = settings, handlers
-        self._reloaded = True
-        self.wake()
-
-    def wake(self):
-        """Has the relay's thread make its round at once."""
-        with self.unrouted.changed:
-            self._last_round = -FOREVER
-            self.unrouted.changed.notify_all()
-
-    def stop(self, grace):
-        """Deliveries under way end within grace seconds, or are cut off: at
-        worst that is a second copy."""
-        end = time.monotonic() + grace
-        for queue_ in self.queues():
-            queue_.close()
-        if self._thread.is_alive():         # it may never have started
-            self._thread.join(grace)
-        left = [id for queue_ in self.queues()
-                for id in queue_.join(end - time.monotonic())]
-        if left:
-            log.warning('stopped during a delivery: %s; it will be tried '
-                        'again', ', '.join(left))
-
-    def queues(self):
-        """All of them, [MailQueue]."""
-        return ([self.unrouted] + list(self.destinations.values())
-                + self._dissolved)
-
-    def queue_of(self, id):
-        """The MailQueue that has this mail, None if it is parked, gone, or
-        being received."""
-        for queue_ in self.queues():
-            if id in queue_:
-                return queue_
-        return None
-
-    # The relay's thread.
-
-    def _run(self):
-        while not self.unrouted.closed:
-            try:
-                self._do_next()
-            except Exception:
-                log.exception('relay: an error; it goes on with the next mail')
-                self._let_all_go(self.unrouted)
-
-    def _do_next(self):
-        if self._reloaded:
-            self._reloaded = False
-            self._rescan()
-        next_round = self._last_round + self.settings.config.sleeptime
-        id = self.unrouted.take(max(0.0, next_round - self.clock()))
-        if id:
-            self._route(id)
-        if self.clock() >= next_round:
-            self._make_round()
-
-    def _make_round(self):
-        """What is left over, and what the owner has asked for."""
-        self._last_round = self.clock()
-        self.spool.bury()
-        for path, id, what in self.spool.asked():
-            self._serve_request(path, id, what)
-        for destination in list(self.destinations.values()):
-            destination.start_threads()
-        self._dissolved = [one for one in self._dissolved if one.in_hand]
-
-    def _route(self, id):
-        """Gives a mail that this thread has in hand to its destination."""
-        mail = self._load(id, self.unrouted, bool(self.handlers.enabled))
-        if mail is None:
-            return
-        if mail.flaw:
-            self._park_flawed(mail)
-        if mail.parked or not self._handle(mail):
-            self.unrouted.done(id)
-            return
-        destination = self._destination_of(mail.frm)
-        if destination is None:
-            self._settle_homeless(mail)
-            return
-        waits = destination.outlook()
-        if waits and not self.unrouted.due:
-            log.info('%s%s', id, waits.replace(';', ':', 1))
-        self._hand_over(id, destination)
-
-    def _hand_over(self, id, destination):
-        """From the hands of this thread."""
-        with self.unrouted.changed:
-            self.unrouted.done(id)
-            if not destination.add(id):         # closed just now
-                self.unrouted.add(id)
-
-    def _destination_of(self, sender):
-        """The Destination of a sender's mail, None without an account."""
-        account = self.settings.account_for(sender)
-        if account is None:
-            return None
-        found = self.destinations.get(account.connection)
-        return found or self.destinations.setdefault(
-            account.connection, Destination(
-                account.connection, self.clock, self._deliver_all))
-
-    def _load(self, id, queue_, to_send=True):
-        """The Mail of an id that this thread has in hand. None if it can't be
-        had: then queue_ has it again, for later, or it is done with."""
-        try:
-            mail = self.spool.load(id, to_send)
-            self._last_errno = None
-            if mail:
-                return mail
-        except Unfinished as error:
-            if id < self.spool.first_own:
-                log.info('%s: %s, so it was never promised; removed', id,
-                         error)
-                os.unlink(self.spool.path(id, 'mail'))
-            else:
-                self.spool.set_aside(id + '.mail', error)
-        except Unreadable as error:
-            self.spool.set_aside(id + '.mail', error)
-        except OSError as error:
-            # Once, if all of msgs/ is away.
-            log.log(logging.DEBUG if error.errno == self._last_errno
-                    else logging.ERROR, '%s: cannot be read: %s; it is tried '
-                    'again later', id, error)
-            self._last_errno = error.errno
-            self._let_go(id, queue_, self._in_a_while())
-            return None
-        queue_.done(id)
-        return None
-
-    def _let_go(self, id, queue_, when=0.0):
-        """Out of the hands of this thread: when: it may be tried again; None:
-        it is done with. If that queue was closed meanwhile, the ini has
-        another way for the mail now."""
-        if when is None:
-            queue_.done(id)
-            return
-        with self.unrouted.changed:
-            if not queue_.give_back(id, when):
-                self.unrouted.add(id, when)
-
-    def _let_all_go(self, queue_):
-        """After an error: all that this thread has in hand, for later."""
-        for id in queue_.mine():
-            self._let_go(id, queue_, self._in_a_while())
-
-    def _handle(self, mail):
-        """Runs the handlers, once a mail; False if it does not go on."""
-        if mail.handled or not self.handlers.enabled:
-            return True
-        try:
-            before = mail.frm, list(mail.to), mail.msg
-            if not self.handlers.run(mail):
-                self.spool.remove(mail)
-                return False
-            mail.handled = True
-            if before == (mail.frm, mail.to, mail.msg):
-                self.spool.save(mail)
-                return True
-            self.spool.replace(mail)
-            log.info('%s: changed by handlers, now from <%s> to %s', mail.id,
-                     mail.frm, listed(mail.to))
-            return True
-        except (OSError, MemoryError) as error:
-            log.error('%s: handlers cannot be run on it, or what they made '
-                      'of it not stored: %r; tried again later', mail.id,
-                      error)
-            self.unrouted.give_back(mail.id, self._in_a_while())
-            return False
-
-    def _rescan(self):
-        """After a reload: every mail finds its way anew, and what is parked
-        is tried once more. What a thread has in hand just now may fail in the
-        next moment: for that the owner's wish is left as a request."""
-        found = self.spool.scan()       # first: if it fails nothing is lost
-        known = {account.connection
-                 for account in self.settings.accounts.values()}
-        for key in [k for k in self.destinations if k not in known]:
-            self._dissolved.append(self.destinations[key])
-            self.destinations.pop(key).close()
-        waiting, in_hand = set(), set()
-        for destination in self.queues()[1:]:
-            with self.unrouted.changed, destination.changed:
-                in_hand.update(destination.in_hand)
-                waiting.update(self._withdraw_all(destination))
-            destination.retry()
-        for id in set(found) - waiting - in_hand:
-            if not self.unrouted.closed:
-                self._revive(id)
-        for id in in_hand:
-            self.spool.ask(id, 'retry')
-
-    def _withdraw_all(self, destination):
-        """All that waits there has to find its way anew; returns the ids. The
-        caller has both locks."""
-        ids = destination.withdraw()
-        for id in ids:
-            destination.done(id)
-            self.unrouted.add(id)
-        return ids
-
-    def _revive(self, id):
-        """A mail that no destination has: if it is parked, it is tried again,
-        and goes on with that after a crash."""
-        self.unrouted.add(id)
-        if not self.unrouted.claim(id):
-            return                      # we are closed
-        mail = self._load(id, self.unrouted, to_send=False)
-        if mail is None:
-            return
-        if mail.parked:
-            mail.parked = False
-            self.spool.save(mail)
-        self.unrouted.give_back(id)
-
-    # The owner's requests. A request's file goes when it has been done, so
-    # that a crash forgets none.
-
-    def _serve_request(self, path, id, what):
-        if id == 'all' and what == 'retry':
-            self._retry_all()
-        elif Spool.ID.fullmatch(id) and not self._serve(id, what):
-            return                          # the next time we look
-        try:
-            os.unlink(path)
-        except OSError as error:
-            log.error('%s cannot be removed: %s', path, error)
-
-    def _retry_all(self):
-        found = self.spool.scan()
-        for destination in list(self.destinations.values()):
-            destination.retry()
-        for id in found:
-            queue_ = self.queue_of(id)
-            if queue_ in (None, self.unrouted):
-                self._revive(id)
-            elif id in queue_.in_hand:
-                self.spool.ask(id, 'retry')
-
-    def _serve(self, id, what):
-        """Whether it could be done: a mail that a thread has in hand, or that
-        is still being received, has to wait."""
-        queue_ = self.queue_of(id) or self.unrouted
-        if id in self.spool.drafts or id in queue_.in_hand:
-            return False
-        if what == 'delete':
-            return self._discard(id, queue_)
-        if what == 'retry' and queue_ is self.unrouted:
-            self._revive(id)
-            if self.unrouted.claim(id):
-                self._route(id)
-            queue_ = self.queue_of(id)
-        if what == 'retry' and isinstance(queue_, Destination):
-            queue_.retry(id)
-        return True
-
-    def _discard(self, id, queue_):
-        if queue_ is self.unrouted:
-            queue_.add(id)
-        if not queue_.claim(id):
-            return False                    # a thread has just taken it
-        mail = self._load(id, queue_)
-        if mail:
-            log.info('%s: deleted as asked for; %s', id,
-                     describe(mail, mail.to))
-            self.spool.remove(mail)
-            queue_.done(id)
-        return id not in queue_             # it may be unreadable for now
-
-    # The delivery threads.
-
-    def _deliver_all(self, destination):
-        """The life of a delivery thread."""
-        while destination.wait():
-            courier = Courier(destination.account, destination.sign_in,
-                              self.settings.config)
-            try:
-                goes_on = self._deliver_ready(destination, courier)
-            except Exception:
-                log.exception('%s: an error in a delivery; the mail is tried '
-                              'again later', destination.account.server)
-                self._let_all_go(destination)
-                goes_on = True
-            courier.close(politely=True)
-            if not goes_on:
-                return
-
-    def _deliver_ready(self, destination, courier):
-        """Delivers over one connection what may be tried now, until nothing
-        has come for LINGER seconds or the connection can't be used. False if
-        this thread is one too many."""
-        following = functools.partial(self._next_mail, destination)
-        at_hand = following()
-        while at_hand:
-            mail, account = at_hand
-            settings = self.settings
-            try:
-                if destination.absent and destination.account.popbeforesmtp:
-                    courier.look()
-                report = courier.deliver(mail, account, following)
-            except AccountUnavailable as error:
-                return self._settle_unavailable(
-                    destination, mail, error, settings)
-            if destination.absent:
-                log.info('%s is there again: %d mails are tried now',
-                         destination.account.server, len(destination.due))
-            destination.succeed()
-            when = self.settle(mail, report, destination.account.server,
-                               settings)
-            self._let_go(mail.id, destination, when)
-            at_hand = courier.upcoming or self._next_mail(destination, LINGER)
-        return True
-
-    def _next_mail(self, destination, patience=0.0):
-        """(Mail, its Account) in the hands of this thread, or None."""
-        while True:
-            id = destination.take(patience)
-            if id is None:
-                return None
-            mail = self._load(id, destination)
-            if mail is None:
-                continue
-            account = self.settings.account_for(mail.frm)
-            if account and account.connection == destination.account:
-                return mail, account
-            self._reroute(id, destination)
-
-    def _reroute(self, id, destination):
-        """The ini has another way for a mail that this thread has in hand."""
-        with self.unrouted.changed:
-            destination.done(id)
-            self.unrouted.add(id)
-
-    def _settle_unavailable(self, destination, mail, error, settings):
-        """The account can't be used, or takes no more connections. Returns
-        whether this thread goes on."""
-        others = destination.retire(mail.id)
-        if others:
-            log.info('%s: %d connections to %s are all it takes now: %s',
-                     mail.id, others, destination.account.server, error)
-            return False
-        if destination.closed and not self.unrouted.closed:
-            self._let_go(mail.id, destination)
-        elif settings.config.deleteonerror:
-            report = smtps.Report(mail.to)
-            report.give_up(str(error))
-            self._let_go(mail.id, destination, self.settle(
-                mail, report, destination.account.server, settings))
-        else:
-            self._defer_account(destination, mail, error, settings)
-        return True
-
-    def _defer_account(self, destination, mail, error, settings):
-        """No mail of the account can go: one of them is tried now and then,
-        all others wait for that without a try of their own. Where nobody was
-        there at all this is said once, and tried each sleeptime."""
-        why, wait = str(error), float(settings.config.sleeptime)
-        is_news = why != destination.why or not error.absent
-        failures = destination.failures
-        if not error.absent:
-            failures = max(failures, mail.tries) + 1
-            wait = back_off(failures, settings.config)
-        destination.defer(self.clock() + wait, why, error.absent, failures)
-        self._park_expired(destination, settings)
-        if self.spool.is_older(mail.id, settings.config.retrydays):
-            self._park(mail, why, settings)
-            destination.done(mail.id)
-            return
-        if is_news:
-            self._note_deferral(destination, mail, wait)
-        self._let_go(mail.id, destination)
-
-    def _note_deferral(self, destination, mail, wait):
-        """In the mail that was tried, and in the log."""
-        mail.tries = destination.failures or mail.tries + 1
-        mail.problem, mail.handled = destination.why, True
-        mail.due = 0.0 if destination.absent else time.time() + wait
-        self.spool.save(mail)
-        log.warning('%s: not delivered: %s; try %d, the next one %s %d '
-                    'seconds, %d more mails wait for it', mail.id,
-                    mail.problem, mail.tries,
-                    'each' if destination.absent else 'in', wait,
-                    len(destination.due))
-
-    def _park_expired(self, destination, settings):
-        """What has waited too long for its account."""
-        for id in destination.withdraw(lambda id: self.spool.is_older(
-                id, settings.config.retrydays)):
-            mail = self._load(id, destination)
-            if mail:
-                self._park(mail, destination.why, settings)
-                destination.done(id)
-
-    # What a failure means: the only place that knows. These run in a delivery
-    # thread, with the settings that it has begun the mail with; what they
-    # touch in the spool is this mail's, or has a lock of its own.
-
-    def settle(self, mail, report, server, settings):
-        """Acts on the verdict of one attempt. Returns when the mail may be
-        tried again, None if it is delivered, deleted or parked."""
-        for reply, recipients in grouped(report.sent):
-            log.info('%s: sent to %s by %s: %s', mail.id, listed(recipients),
-                     server, reply)
-        mail.to = [Address(a) for a in report.later]
-        mail.refused.update(report.never)
-        if report.later or mail.refused:
-            return self._settle_failure(mail, report, server, settings)
-        self.spool.remove(mail)
-        return None
-
-    def _settle_failure(self, mail, report, server, settings):
-        failed = dict(mail.refused, **report.later)
-        why = '; '.join('%s for %s' % (reply, listed(recipients))
-                        for reply, recipients in grouped(failed))
-        if server not in why:
-            why = '%s said %s' % (server, why)
-        mail.tries += 1
-        mail.problem, mail.handled, mail.parked = why, True, False
-        if settings.config.deleteonerror:
-            log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
-                      '%s', mail.id, why, describe(mail, failed))
-            self.spool.remove(mail)
-            return None
-        if not mail.to or self.spool.is_older(
-                mail.id, settings.config.retrydays):
-            self._park(mail, why, settings)
-            return None
-        wait = back_off(mail.tries, settings.config)
-        mail.due = time.time() + wait
-        self.spool.save(mail)
-        log.warning('%s: not delivered: %s; try %d, the next one in %d '
-                    'seconds', mail.id, why, mail.tries, wait)
-        return self.clock() + wait
-
-    def _park(self, mail, why, settings):
-        """Keeps a mail until the owner asks for another try."""
-        what = 'refused for good' if not mail.to else (
-            'not delivered in %d days' % settings.config.retrydays)
-        mail.to += [Address(a) for a in mail.refused]
-        mail.refused, mail.parked, mail.due = {}, True, 0.0
-        mail.problem, mail.handled = why, True
-        self.spool.save(mail)
-        log.error('%s: %s, kept in msgs/ but not tried again by itself: %s; '
-                  '%s; --retry %s sends it again, --delete %s removes it',
-                  mail.id, what, mail.problem, describe(mail, mail.to),
-                  mail.id, mail.id)
-
-    def _park_flawed(self, mail):
-        """No server is told such an envelope. Not even deleteonerror deletes
-        it: it was promised by a version that took more."""
-        if not mail.parked:
-            mail.refused, mail.to = dict.fromkeys(mail.to, mail.flaw), []
-            self._park(mail, mail.flaw, self.settings)
-
-    def _settle_homeless(self, mail):
-        """No account: permanent."""
-        report = smtps.Report(mail.to)
-        report.settle_all(550, 'no account for sender <%s>, add a section '
-                          'for it or [default]' % mail.frm)
-        self.settle(mail, report, 'the ini', self.settings)
-        self.unrouted.done(mail.id)
-
-    def _in_a_while(self):
-        return self.clock() + back_off(1, self.settings.config)
-
-
 def back_off(tries, config):
     """Seconds until the next try: sleeptime, doubled up to an hour, and a
     little more, so that not all come back at the same moment."""
@@ -3003,6 +2482,591 @@ def grouped(verdicts):
     for recipient, reply in verdicts.items():
         groups.setdefault(reply, []).append(recipient)
     return list(groups.items())
+
+
+class Queues:
+    """Where each mail is, and every move from one place to another.
+
+    unrouted: the MailQueue of mails whose destination is not known yet, or
+    not any more; only the relay's thread takes from it. destinations:
+    {Account.connection: Destination}. A mail that is parked is in none of
+    them. Who needs the locks of two queues takes that of unrouted first."""
+
+    def __init__(self, clock, deliver):
+        """deliver: callable(Destination), the life of a delivery thread."""
+        self._clock, self._deliver = clock, deliver
+        self.unrouted = MailQueue(clock)
+        self.destinations = {}
+        self._dissolved = []    # Destinations that are not in the ini any
+                                # more, while a thread has a mail in hand
+
+    def __iter__(self):
+        """All of them, unrouted first."""
+        return iter([self.unrouted, *self.destinations.values(),
+                     *self._dissolved])
+
+    def holder(self, id):
+        """The MailQueue that has this mail, None if it is parked, gone, or
+        being received."""
+        for queue_ in self:
+            if id in queue_:
+                return queue_
+        return None
+
+    def destination(self, account):
+        """The Destination of an Account; it is made if there is none."""
+        found = self.destinations.get(account.connection)
+        return found or self.destinations.setdefault(
+            account.connection, Destination(
+                account.connection, self._clock, self._deliver))
+
+    # Moves of what this thread has in hand.
+
+    def hand_over(self, id, destination):
+        """The way of an unrouted mail is known."""
+        with self.unrouted.changed:
+            self.unrouted.done(id)
+            if not destination.add(id):         # closed just now
+                self.unrouted.add(id)
+
+    def let_go(self, id, queue_, when=0.0):
+        """when: it may be tried again; None: it is done with. If that queue
+        was closed meanwhile, the ini has another way for the mail now."""
+        if when is None:
+            queue_.done(id)
+            return
+        with self.unrouted.changed:
+            if not queue_.give_back(id, when):
+                self.unrouted.add(id, when)
+
+    def let_all_go(self, queue_, when):
+        """After an error: all that this thread has in hand, for later."""
+        for id in queue_.mine():
+            self.let_go(id, queue_, when)
+
+    def reroute(self, id, destination):
+        """The ini has another way for it."""
+        with self.unrouted.changed:
+            destination.done(id)
+            self.unrouted.add(id)
+
+    # All at once.
+
+    def recall(self, known):
+        """All that waits has to find its way anew; known: the connections
+        that the ini still has. Returns the ids, and those that a thread has
+        in hand: they can't be recalled."""
+        for key in [key for key in self.destinations if key not in known]:
+            self._dissolved.append(self.destinations[key])
+            self.destinations.pop(key).close()
+        recalled, in_hand = set(), set()
+        for destination in list(self)[1:]:
+            with self.unrouted.changed, destination.changed:
+                in_hand.update(destination.in_hand)
+                for id in destination.withdraw():
+                    destination.done(id)
+                    self.unrouted.add(id)
+                    recalled.add(id)
+        return recalled, in_hand
+
+    def retry_all(self):
+        """All that waits may be tried now."""
+        for destination in list(self.destinations.values()):
+            destination.retry()
+
+    def tidy(self):
+        """What went wrong earlier: a thread that could not be had."""
+        for destination in list(self.destinations.values()):
+            destination.start_threads()
+        self._dissolved = [one for one in self._dissolved if one.in_hand]
+
+    def close(self):
+        """Nobody takes anything any more."""
+        for queue_ in self:
+            queue_.close()
+
+    def join(self, seconds):
+        """Waits for what threads have in hand; returns what is left."""
+        end = time.monotonic() + seconds
+        return [id for queue_ in self
+                for id in queue_.join(end - time.monotonic())]
+
+
+class FailurePolicy:
+    """What a failure means for a mail: the only place that knows.
+
+    Any thread that has the mail in hand may ask, with the settings that it
+    has begun the mail with: what this touches in the spool is this mail's, or
+    has a lock of its own."""
+
+    def __init__(self, spool, clock):
+        self._spool, self._clock = spool, clock
+
+    def settle(self, mail, report, server, settings):
+        """Acts on the verdict of one attempt. Returns when the mail may be
+        tried again, None if it is delivered, deleted or parked."""
+        for reply, recipients in grouped(report.sent):
+            log.info('%s: sent to %s by %s: %s', mail.id, listed(recipients),
+                     server, reply)
+        mail.to = [Address(a) for a in report.later]
+        mail.refused.update(report.never)
+        if report.later or mail.refused:
+            return self._settle_failure(mail, report, server, settings)
+        self._spool.remove(mail)
+        return None
+
+    def _settle_failure(self, mail, report, server, settings):
+        failed = dict(mail.refused, **report.later)
+        why = '; '.join('%s for %s' % (reply, listed(recipients))
+                        for reply, recipients in grouped(failed))
+        if server not in why:
+            why = '%s said %s' % (server, why)
+        mail.tries += 1
+        mail.problem, mail.handled, mail.parked = why, True, False
+        if settings.config.deleteonerror:
+            log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
+                      '%s', mail.id, why, describe(mail, failed))
+            self._spool.remove(mail)
+            return None
+        if not mail.to or self.is_expired(mail.id, settings):
+            self.park(mail, why, settings)
+            return None
+        wait = back_off(mail.tries, settings.config)
+        mail.due = time.time() + wait
+        self._spool.save(mail)
+        log.warning('%s: not delivered: %s; try %d, the next one in %d '
+                    'seconds', mail.id, why, mail.tries, wait)
+        return self._clock() + wait
+
+    def is_expired(self, id, settings):
+        """Has it waited for retrydays?"""
+        return self._spool.age(id) >= settings.config.retrydays * DAY
+
+    def note_deferral(self, mail, destination, wait):
+        """Why its account waits, in the mail that was tried and in the log.
+        Where nobody was there no time is kept: each sleeptime."""
+        mail.tries = destination.failures or mail.tries + 1
+        mail.problem, mail.handled = destination.why, True
+        mail.due = 0.0 if destination.absent else time.time() + wait
+        self._spool.save(mail)
+        log.warning('%s: not delivered: %s; try %d, the next one %s %d '
+                    'seconds, %d more mails wait for it', mail.id,
+                    mail.problem, mail.tries,
+                    'each' if destination.absent else 'in', wait,
+                    len(destination.due))
+
+    def park(self, mail, why, settings):
+        """Keeps a mail until the owner asks for another try."""
+        what = 'refused for good' if not mail.to else (
+            'not delivered in %d days' % settings.config.retrydays)
+        mail.to += [Address(a) for a in mail.refused]
+        mail.refused, mail.parked, mail.due = {}, True, 0.0
+        mail.problem, mail.handled = why, True
+        self._spool.save(mail)
+        log.error('%s: %s, kept in msgs/ but not tried again by itself: %s; '
+                  '%s; --retry %s sends it again, --delete %s removes it',
+                  mail.id, what, mail.problem, describe(mail, mail.to),
+                  mail.id, mail.id)
+
+    def park_flawed(self, mail, settings):
+        """No server is told such an envelope. Not even deleteonerror deletes
+        it: it was promised by a version that took more."""
+        if not mail.parked:
+            mail.refused, mail.to = dict.fromkeys(mail.to, mail.flaw), []
+            self.park(mail, mail.flaw, settings)
+
+    def settle_homeless(self, mail, settings):
+        """No account: permanent."""
+        report = smtps.Report(mail.to)
+        report.settle_all(550, 'no account for sender <%s>, add a section '
+                          'for it or [default]' % mail.frm)
+        self.settle(mail, report, 'the ini', settings)
+
+
+class DeliveryAgent:
+    """Delivers one destination's mail, in a thread of its own: the relay's
+    hands. Whatever comes of a mail, it gives the id back, says that it is
+    done with it, or has it rerouted."""
+
+    def __init__(self, relay, destination):
+        self._relay, self._destination = relay, destination
+        self._server = destination.account.server
+
+    def run(self):
+        """The life of the thread."""
+        goes_on = True
+        while goes_on and self._destination.wait():
+            courier = Courier(self._destination.account,
+                              self._destination.sign_in,
+                              self._relay.settings.config)
+            try:
+                goes_on = self._deliver_ready(courier)
+            except Exception:
+                log.exception('%s: an error in a delivery; the mail is tried '
+                              'again later', self._server)
+                self._relay.queues.let_all_go(
+                    self._destination, self._relay.in_a_while())
+            courier.close(politely=True)
+
+    def _deliver_ready(self, courier):
+        """Delivers over one connection what may be tried now, until nothing
+        has come for LINGER seconds or the connection can't be used. False if
+        this thread is one too many."""
+        at_hand = self._next_mail()
+        while at_hand:
+            mail, account = at_hand
+            settings = self._relay.settings
+            try:
+                report = self._deliver(courier, mail, account)
+            except AccountUnavailable as error:
+                return self._settle_unavailable(mail, error, settings)
+            self._note_success()
+            self._settle(mail, report, settings)
+            at_hand = courier.upcoming or self._next_mail(LINGER)
+        return True
+
+    def _deliver(self, courier, mail, account):
+        """Raises AccountUnavailable."""
+        destination = self._destination
+        if destination.absent and destination.account.popbeforesmtp:
+            courier.look()              # it costs no POP login
+        return courier.deliver(mail, account, self._next_mail)
+
+    def _next_mail(self, patience=0.0):
+        """(Mail, its Account) in the hands of this thread, or None."""
+        while True:
+            id = self._destination.take(patience)
+            if id is None:
+                return None
+            mail = self._relay.load(id, self._destination)
+            if mail is None:
+                continue
+            account = self._relay.settings.account_for(mail.frm)
+            if account and account.connection == self._destination.account:
+                return mail, account
+            self._relay.queues.reroute(id, self._destination)
+
+    def _note_success(self):
+        """The account's server took our login."""
+        if self._destination.absent:
+            log.info('%s is there again: %d mails are tried now',
+                     self._server, len(self._destination.due))
+        self._destination.succeed()
+
+    def _settle(self, mail, report, settings):
+        when = self._relay.policy.settle(mail, report, self._server, settings)
+        self._relay.queues.let_go(mail.id, self._destination, when)
+
+    def _settle_unavailable(self, mail, error, settings):
+        """The account can't be used, or takes no more connections. Returns
+        whether this thread goes on."""
+        others = self._destination.retire(mail.id)
+        if others:
+            log.info('%s: %d connections to %s are all it takes now: %s',
+                     mail.id, others, self._server, error)
+            return False
+        if self._destination.closed and not self._relay.queues.unrouted.closed:
+            self._relay.queues.reroute(mail.id, self._destination)
+        elif settings.config.deleteonerror:
+            report = smtps.Report(mail.to)
+            report.give_up(str(error))
+            self._settle(mail, report, settings)
+        else:
+            self._defer_account(mail, error, settings)
+        return True
+
+    def _defer_account(self, mail, error, settings):
+        """No mail of the account can go: one of them is tried now and then,
+        all others wait for that without a try of their own. Where nobody was
+        there at all this is said once, and tried each sleeptime."""
+        destination = self._destination
+        why, wait = str(error), float(settings.config.sleeptime)
+        is_news = why != destination.why or not error.absent
+        failures = destination.failures
+        if not error.absent:
+            failures = max(failures, mail.tries) + 1
+            wait = back_off(failures, settings.config)
+        destination.defer(wait, why, error.absent, failures)
+        self._park_expired(settings)
+        when = 0.0
+        if self._relay.policy.is_expired(mail.id, settings):
+            self._relay.policy.park(mail, why, settings)
+            when = None
+        elif is_news:
+            self._relay.policy.note_deferral(mail, destination, wait)
+        self._relay.queues.let_go(mail.id, destination, when)
+
+    def _park_expired(self, settings):
+        """What has waited too long for its account."""
+        policy, destination = self._relay.policy, self._destination
+        for id in destination.withdraw(
+                lambda id: policy.is_expired(id, settings)):
+            mail = self._relay.load(id, destination)
+            if mail:
+                policy.park(mail, destination.why, settings)
+                destination.done(id)
+
+
+class Relay:
+    """Decides for every mail what happens next.
+
+    Its own thread does what needs one thread: it looks at the mails found at
+    start, lets handlers look at new ones, finds each one's destination and
+    serves the owner's requests. A mail that no handler wants to see goes
+    straight to its destination, from the thread that has stored it. The
+    destinations' threads deliver and settle. settings and handlers are
+    replaced as a whole by a reload; a thread that begins with a mail takes
+    the settings of that moment and keeps to them.
+
+    Where is a mail? queues.holder(id) tells.
+    """
+
+    def __init__(self, spool, settings, handlers, clock=time.monotonic):
+        self._spool, self._clock = spool, clock
+        self.settings, self._handlers = settings, handlers
+        self.policy = FailurePolicy(spool, clock)
+        self.queues = Queues(clock, self._deliver)
+        self._last_round = clock()
+        self._reloaded = False          # the relay thread has to rescan
+        self._last_errno = None
+        self._thread = threading.Thread(target=self._run, name='relay',
+                                        daemon=True)
+
+    # For other threads.
+
+    def start(self, found):
+        """found: ids of mails in the spool."""
+        for id in found:
+            self.queues.unrouted.add(id)
+        self._thread.start()
+
+    def announce(self, id, sender, line):
+        """A mail is safe on disk. line: what the log says of that; what the
+        mail has to wait for comes behind it."""
+        destination = None
+        if not self._handlers.enabled:
+            destination = self._destination_of(sender)
+        log.info('%s%s', line, destination.outlook() if destination else '')
+        if destination is None or not destination.add(id):
+            self.queues.unrouted.add(id)
+
+    def reload(self, settings, handlers):
+        """New settings; all that waits is tried at once, parked or not."""
+        self.settings, self._handlers = settings, handlers
+        self._reloaded = True
+        self.wake()
+
+    def wake(self):
+        """Has the relay's thread make its round at once."""
+        with self.queues.unrouted.changed:
+            self._last_round = -FOREVER
+            self.queues.unrouted.changed.notify_all()
+
+    def stop(self, grace):
+        """Deliveries under way end within grace seconds, or are cut off: at
+        worst that is a second copy."""
+        end = time.monotonic() + grace
+        self.queues.close()
+        if self._thread.is_alive():         # it may never have started
+            self._thread.join(grace)
+        left = self.queues.join(end - time.monotonic())
+        if left:
+            log.warning('stopped during a delivery: %s; it will be tried '
+                        'again', ', '.join(left))
+
+    # The relay's thread.
+
+    def _run(self):
+        while not self.queues.unrouted.closed:
+            try:
+                self._do_next()
+            except Exception:
+                log.exception('relay: an error; it goes on with the next mail')
+                self.queues.let_all_go(self.queues.unrouted, self.in_a_while())
+
+    def _do_next(self):
+        if self._reloaded:
+            self._reloaded = False
+            self._rescan()
+        next_round = self._last_round + self.settings.config.sleeptime
+        id = self.queues.unrouted.take(max(0.0, next_round - self._clock()))
+        if id:
+            self._route(id)
+        if self._clock() >= next_round:
+            self._make_round()
+
+    def _make_round(self):
+        """What is left over, and what the owner has asked for."""
+        self._last_round = self._clock()
+        self._spool.bury()
+        for path, id, what in self._spool.asked():
+            self._serve_request(path, id, what)
+        self.queues.tidy()
+
+    def _route(self, id):
+        """Gives a mail that this thread has in hand to its destination."""
+        mail = self.load(id, self.queues.unrouted, bool(self._handlers.enabled))
+        if mail is None:
+            return
+        if mail.flaw:
+            self.policy.park_flawed(mail, self.settings)
+        if mail.parked or not self._handle(mail):
+            self.queues.unrouted.done(id)
+            return
+        destination = self._destination_of(mail.frm)
+        if destination is None:
+            self.policy.settle_homeless(mail, self.settings)
+            self.queues.unrouted.done(id)
+            return
+        waits = destination.outlook()
+        if waits and not self.queues.unrouted.due:
+            log.info('%s%s', id, waits.replace(';', ':', 1))
+        self.queues.hand_over(id, destination)
+
+    def _destination_of(self, sender):
+        """The Destination of a sender's mail, None without an account."""
+        account = self.settings.account_for(sender)
+        return account and self.queues.destination(account)
+
+    def _deliver(self, destination):
+        DeliveryAgent(self, destination).run()
+
+    def load(self, id, queue_, to_send=True):
+        """The Mail of an id that this thread has in hand. None if it can't be
+        had: then queue_ has it again, for later, or it is done with."""
+        try:
+            mail = self._spool.load(id, to_send)
+            self._last_errno = None
+            if mail:
+                return mail
+        except Unfinished as error:
+            if id < self._spool.first_own:
+                log.info('%s: %s, so it was never promised; removed', id,
+                         error)
+                os.unlink(self._spool.path(id, 'mail'))
+            else:
+                self._spool.set_aside(id + '.mail', error)
+        except Unreadable as error:
+            self._spool.set_aside(id + '.mail', error)
+        except OSError as error:
+            # Once, if all of msgs/ is away.
+            log.log(logging.DEBUG if error.errno == self._last_errno
+                    else logging.ERROR, '%s: cannot be read: %s; it is tried '
+                    'again later', id, error)
+            self._last_errno = error.errno
+            self.queues.let_go(id, queue_, self.in_a_while())
+            return None
+        queue_.done(id)
+        return None
+
+    def _handle(self, mail):
+        """Runs the handlers, once a mail; False if it does not go on."""
+        if mail.handled or not self._handlers.enabled:
+            return True
+        try:
+            before = mail.frm, list(mail.to), mail.msg
+            if not self._handlers.run(mail):
+                self._spool.remove(mail)
+                return False
+            mail.handled = True
+            if before == (mail.frm, mail.to, mail.msg):
+                self._spool.save(mail)
+                return True
+            self._spool.replace(mail)
+            log.info('%s: changed by handlers, now from <%s> to %s', mail.id,
+                     mail.frm, listed(mail.to))
+            return True
+        except (OSError, MemoryError) as error:
+            log.error('%s: handlers cannot be run on it, or what they made '
+                      'of it not stored: %r; tried again later', mail.id,
+                      error)
+            self.queues.unrouted.give_back(mail.id, self.in_a_while())
+            return False
+
+    def _rescan(self):
+        """After a reload: every mail finds its way anew, and what is parked
+        is tried once more. What a thread has in hand just now may fail in the
+        next moment: for that the owner's wish is left as a request."""
+        found = self._spool.scan()       # first: if it fails nothing is lost
+        recalled, in_hand = self.queues.recall({
+            account.connection for account in self.settings.accounts.values()})
+        self.queues.retry_all()
+        for id in set(found) - recalled - in_hand:
+            if not self.queues.unrouted.closed:
+                self._revive(id)
+        for id in in_hand:
+            self._spool.ask(id, 'retry')
+
+    def _revive(self, id):
+        """A mail that no destination has: if it is parked, it is tried again,
+        and goes on with that after a crash."""
+        self.queues.unrouted.add(id)
+        if not self.queues.unrouted.claim(id):
+            return                      # we are closed
+        mail = self.load(id, self.queues.unrouted, to_send=False)
+        if mail is None:
+            return
+        if mail.parked:
+            mail.parked = False
+            self._spool.save(mail)
+        self.queues.unrouted.give_back(id)
+
+    # The owner's requests. A request's file goes when it has been done, so
+    # that a crash forgets none.
+
+    def _serve_request(self, path, id, what):
+        if id == 'all' and what == 'retry':
+            self._retry_all()
+        elif Spool.ID.fullmatch(id) and not self._serve(id, what):
+            return                          # the next time we look
+        try:
+            os.unlink(path)
+        except OSError as error:
+            log.error('%s cannot be removed: %s', path, error)
+
+    def _retry_all(self):
+        found = self._spool.scan()
+        self.queues.retry_all()
+        for id in found:
+            queue_ = self.queues.holder(id)
+            if queue_ in (None, self.queues.unrouted):
+                self._revive(id)
+            elif id in queue_.in_hand:
+                self._spool.ask(id, 'retry')
+
+    def _serve(self, id, what):
+        """Whether it could be done: a mail that a thread has in hand, or that
+        is still being received, has to wait."""
+        queue_ = self.queues.holder(id) or self.queues.unrouted
+        if id in self._spool.drafts or id in queue_.in_hand:
+            return False
+        if what == 'delete':
+            return self._discard(id, queue_)
+        if what == 'retry' and queue_ is self.queues.unrouted:
+            self._revive(id)
+            if self.queues.unrouted.claim(id):
+                self._route(id)
+            queue_ = self.queues.holder(id)
+        if what == 'retry' and isinstance(queue_, Destination):
+            queue_.retry(id)
+        return True
+
+    def _discard(self, id, queue_):
+        if queue_ is self.queues.unrouted:
+            queue_.add(id)
+        if not queue_.claim(id):
+            return False                    # a thread has just taken it
+        mail = self.load(id, queue_)
+        if mail:
+            log.info('%s: deleted as asked for; %s', id,
+                     describe(mail, mail.to))
+            self._spool.remove(mail)
+            queue_.done(id)
+        return id not in queue_             # it may be unreadable for now
+
+    def in_a_while(self):
+        """When something that went wrong by itself may be tried again."""
+        return self._clock() + back_off(1, self.settings.config)
 
 
 # --- Proxy: builds all of it and wires it together --------------------------

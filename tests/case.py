@@ -154,7 +154,7 @@ class ProxyCase(FolderCase):
 
     def in_hand(self):
         """The ids that the relay's threads have in hand."""
-        return [id for queue in self.proxy.relay.queues()
+        return [id for queue in self.proxy.relay.queues
                 for id in list(queue.in_hand)]
 
     def spooled(self):

@@ -18,10 +18,10 @@ REFUSALS = ('451 4.3.0 later', '421 4.3.2 busy', DROP)     # of a command
 def places_of(relay):
     """{id: number of places it is in}, at one moment."""
     with contextlib.ExitStack() as stack:
-        for queue in relay.queues():
+        for queue in relay.queues:
             stack.enter_context(queue.changed)
         return collections.Counter(
-            id for queue in relay.queues()
+            id for queue in relay.queues
             for held in (queue.due, queue.in_hand) for id in held)
 
 

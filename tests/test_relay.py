@@ -79,12 +79,12 @@ class RelayCase(ProxyCase):
     def advance(self, seconds):
         """Moves the time; returns when all who sleep have taken note."""
         self.clock.advance(seconds)
-        for queue in self.relay.queues():
+        for queue in self.relay.queues:
             with queue.changed:
                 queue.changed.notify_all()
         wait_until(lambda: not any(
             self.may_take(queue) and not queue.in_hand
-            for queue in self.relay.queues()))
+            for queue in self.relay.queues))
 
     def advance_until(self, condition, step):
         """Moves the time by steps until the condition holds; what is due is
@@ -99,7 +99,7 @@ class RelayCase(ProxyCase):
     def at_rest(self):
         """Whether nobody has anything to do now."""
         return not any(queue.in_hand or self.may_take(queue)
-                       for queue in self.relay.queues())
+                       for queue in self.relay.queues)
 
     def may_take(self, queue):
         with queue.changed:
@@ -108,7 +108,7 @@ class RelayCase(ProxyCase):
                 when <= now for when in queue.due.values())
 
     def in_hand(self):
-        return [id for queue in self.relay.queues()
+        return [id for queue in self.relay.queues
                 for id in list(queue.in_hand)]
 
     def reload(self, settings=None):
@@ -800,7 +800,7 @@ class Misfortune(RelayCase):
         wait_until(lambda: self.upstream.connections)
         stopper = threading.Thread(target=self.end, name='stopper')
         stopper.start()
-        wait_until(lambda: relay.unrouted.closed)
+        wait_until(lambda: relay.queues.unrouted.closed)
         start = time.monotonic()
 
         self.gate.set()
