@@ -11,7 +11,7 @@ the account that belongs to the sender, with all that the account needs.
 
 The sections are in the order of a mail's journey, each uses only those
 above it: Settings, Log, Spool, Front door, Handlers, Advice, Courier, Relay,
-Proxy, Commands, Main. The keys of the ini are explained in smtpproxy.ini.example.
+Proxy, Commands, Main. smtpproxy.ini.example explains the keys of the ini.
 """
 import binascii
 import collections
@@ -1630,7 +1630,7 @@ KNOWN_REPLIES = (
     Advice('', 'pop', r'exceeded pop command or bandwidth', 'account',
            'the mailbox is asked too often by POP: set popcheckdelay=300 or '
            'more, and let other programs ask less'),
-    Advice('', 'pop', r'disallowed on non-secure|\bcleartext\b', 'person',
+    Advice('', 'pop', r'disallowed on non-secure', 'person',
            'the server takes no password without TLS: set popssl=true and '
            'popport=995, or popssl=tls and popport=110'),
     Advice('', 'pop', r'^-err \[in-use\]|unable to lock maildrop', '',
@@ -1738,7 +1738,7 @@ KNOWN_REPLIES = (
            'check smtphost and smtpport; most internet providers block port '
            '25: set smtpport=587 and smtpsecurity=tls, or smtpport=465 and '
            'smtpsecurity=ssl'),
-    Advice('', 'connect', r'connection refused', '',
+    Advice('', 'connect', r': connection refused$', '',
            'no mail server listens there: check smtphost and smtpport'),
     Advice('', 'connect', r'^the name .* is not known', '',
            'check the spelling of smtphost, and whether this box can look up '
@@ -1759,8 +1759,7 @@ KNOWN_REPLIES = (
     Advice('', GREETED, r'^4\d\d .*(reverse dns for this ip failed|'
            r'client host rejected: cannot find your (reverse )?hostname)',
            'person', REVERSE_NAME),
-    Advice('', '', r'\bbad dns ptr\b|^550 5\.7\.25 .*\bptr record', '',
-           REVERSE_NAME),
+    Advice('', '', r'^550 5\.7\.25 .*\bptr record', '', REVERSE_NAME),
     Advice('', GREETED, r'^421 4\.7\.0 ip not in whitelist', 'person',
            'this host of Google is for mail from other servers only: set '
            'smtphost=smtp.gmail.com, smtpport=587, smtpsecurity=tls, with '
@@ -1862,7 +1861,8 @@ KNOWN_REPLIES = (
            'in on the web, or ask the provider'),
     Advice('', 'login', r'^535 5\.7\.(3|139) ', 'person',
            'Exchange refuses the login: check smtpusername and smtppassword; '
-           'with oauth=microsoft sign in again by --login, as this mailbox'),
+           'with oauth=microsoft remove oauthscope if it is set, and sign in '
+           'again by --login, as this mailbox'),
     Advice('', 'login', r'^504 5\.7\.4 ', 'person',
            'this kind of login is switched off: at Microsoft 365 the '
            'administrator has to switch on Authenticated SMTP for the '
@@ -1948,12 +1948,12 @@ KNOWN_REPLIES = (
     Advice('', 'mail rcpt', r'^530 .*\b(starttls|tls|ssl)\b|^451 5\.7\.3 '
            r'starttls is required|^450 4\.7\.1 session encryption is '
            r'required', 'person', USE_TLS),
-    Advice('', 'mail rcpt', r'^530 |^550 5\.7\.1 client was not '
-           r'authenticated|^5\.7\.57 |^553 5\.7\.1 .*: not logged in$|'
+    Advice('', 'mail rcpt', r'^530 |^5\d\d 5\.7\.57 |'
+           r'^553 5\.7\.1 .*: not logged in$|'
            r'^550 must be authenticated|^550 unauthenticated senders not|'
            r'^550 relay access denied - please authenticate', 'person',
            USE_LOGIN),
-    Advice('', 'rcpt', r'tenantattribution', 'person',
+    Advice('', 'rcpt', r'^550 5\.7\.64 tenantattribution', 'person',
            'the connector of your organization at Microsoft does not know '
            'this line: its address has changed, the administrator has to '
            'enter the new one'),
@@ -2038,8 +2038,8 @@ KNOWN_REPLIES = (
            r'blank from: addresses', '', OWN_ADDRESS),
     Advice(YAHOO, 'data dot', r'^550 request failed; mailbox unavailable', '',
            OWN_ADDRESS),
-    Advice('', 'mail', r'^5\.1\.0 .*sender rejected|^5\d\d 5\.1\.0 .*sender '
-           r'rejected', '', OWN_ADDRESS),
+    Advice('', 'mail', r'^5\d\d 5\.1\.0 .*sender rejected', '',
+           OWN_ADDRESS),
     Advice('', '', r'sender address rejected: access denied', '',
            'this sender needs a login here: set smtpusername, smtppassword, '
            'smtpport=587 and smtpsecurity=tls'),
@@ -2067,7 +2067,8 @@ KNOWN_REPLIES = (
            '', 'the server lets unknown senders wait some minutes: this '
            'passes'),
     Advice('', SENDING, r'failure sending mail\. try again later|'
-           r'service refuse\. veuillez essayer plus tard|\blpn\d*_510\b',
+           r'service refuse\. veuillez essayer plus tard|'
+           r'^550 5\.5\.0 .*\blpn\d*_510\b',
            'later', 'the provider says that this passes by itself'),
     Advice('', SENDING, r'^5\d\d 5\.2\.12[12] |^550 5\.2\.1 .*at a rate that '
            r'prevents', 'later',
@@ -2094,7 +2095,7 @@ KNOWN_REPLIES = (
            'mail is signed; a signed one has to be made with shorter lines'),
     Advice('', '', r'^(552|550|554|523) (5\.3\.4 )?.*\b((message|mail) size '
            r"exceeds|exceeded google's message size|message (is )?too (big|"
-           r'large)|size limits?\b)', '',
+           r'large)|message size limits?)', '',
            'the mail is too large for this provider: let the device scan '
            'with less resolution or fewer pages, or set maxsize to the '
            'limit of the provider'),
@@ -2124,6 +2125,9 @@ KNOWN_REPLIES = (
            'correct the address of sender or recipient in the device'),
 
     # The recipient.
+    Advice('', 'rcpt', r'^[45]5\d [45]\.2\.2 |over quota|quota exceeded|'
+           r'mailbox (is )?full|boite du destinataire pleine', '',
+           FULL_RECIPIENT),
     Advice('', 'rcpt', r'^55\d 5\.1\.(1|2|6|10) |^550 5\.4\.1 .*recipient '
            r'address rejected|user unknown|no such (user|recipient|mailbox)|'
            r"doesn't have a|\bofr_416\b|nullmx|^550 requested action not "
@@ -2134,9 +2138,6 @@ KNOWN_REPLIES = (
     Advice('', 'rcpt', r'^55\d 5\.2\.1 ', '',
            'the mailbox of the recipient is closed: correct the address in '
            'the device'),
-    Advice('', 'rcpt', r'^[45]5\d [45]\.2\.2 |over quota|quota exceeded|'
-           r'mailbox (is )?full|boite du destinataire pleine', '',
-           FULL_RECIPIENT),
     Advice('', 'rcpt', r'^550 5\.7\.(124|13[3456]) ', '',
            'the recipient is a group that takes mail of its members only: '
            'ask its owner to let this sender in'),
