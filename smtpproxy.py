@@ -1800,6 +1800,711 @@ def port_advice(account):
         'smtpsecurity=' + security, port)
 
 
+class Advice(NamedTuple):
+    """What a known reply means, a row of KNOWN_REPLIES.
+
+    where: a pattern for the host that said it; stages: when it was said, of
+    connect tls hello login pop mail rcpt data dot token, with blanks; both
+    '': any. pattern: for 'CODE text' as flattened makes it; the enhanced
+    code is where it belongs, behind the code.
+    kind: '' as the first digit says; later: passes by itself; never: not for
+    this mail; account: a limit of the account, all its mail waits an hour at
+    least; person: nothing of the account passes before its owner acts.
+    sentence: for the owner, what it means and what to do.
+    """
+    where: str = ''
+    stages: str = ''
+    pattern: str = ''
+    kind: str = ''
+    sentence: str = ''
+
+
+GOOGLE = r'\b(gmail|googlemail|google|googleapis)\b'
+MICROSOFT = r'\b(office365|outlook|hotmail|microsoftonline)\b'
+IONOS = r'\b(gmx|ionos|1und1|1and1|kundenserver)\b|\b(web\.de|mail\.com)$'
+YAHOO = r'\b(yahoo|aol|att|verizon)\b'
+ICLOUD = r'\bmail\.me\.com$|\bicloud\b'
+GREETED = 'connect hello mail rcpt'     # many servers say at RCPT what they
+SENDING = 'mail rcpt data dot'          # hold against us, or the sender
+
+APP_PASSWORD = ('it wants an app password, not that of the account: make one '
+                'in the security settings on the web and set it as '
+                'smtppassword')
+GOOGLE_PASSWORD = (
+    'Google wants an app password, not that of the account: switch on 2-step '
+    'verification, make one at myaccount.google.com/apppasswords and set it '
+    'as smtppassword; with oauth=google sign in again by --login')
+OWN_ADDRESS = ('the provider takes only addresses of the account as sender: '
+               'set forcefrom to the address of the account, or add the '
+               'other one as an alias on the web')
+USE_TLS = ('the server wants an encrypted connection: set smtpsecurity=tls '
+           'and smtpport=587, or smtpsecurity=ssl and smtpport=465')
+USE_LOGIN = ('the server wants a login first: set smtpusername, smtppassword '
+             'and smtpsecurity=tls')
+FULL_NAME = ('the server does not like the name of this box: set '
+             'localhostname to a full name that exists in the DNS')
+PRIVATE_LINE = ('the address of your internet line is on a block list, as '
+                'most private lines are: send through the outgoing server of '
+                'your provider, smtpport=587, smtpsecurity=tls, with login')
+REVERSE_NAME = ('your line has no proper name in the DNS, servers for '
+                'incoming mail want one: send through the outgoing server of '
+                'your provider, smtpport=587, smtpsecurity=tls, with login')
+LIMIT = ('the sending limit of this account is reached: its mail waits and '
+         'goes by itself; if it comes often, set smtprate or ask the '
+         'provider for more')
+DAY_LIMIT = ('the daily sending limit of this account is reached: its mail '
+             'waits and goes by itself, within a day')
+BLOCKED = ('Microsoft has blocked this account or its organization from '
+           'sending: change the password; the administrator finds it under '
+           'Restricted entities in the Defender portal')
+NOT_PROVEN = ('the domain in From does not allow this way of sending (SPF, '
+              'DKIM, DMARC): send through the provider of that domain, or '
+              'set forcefrom to an address of the account')
+BAD_HEADER = ('the header of this mail is not as the rules say: look at '
+              'From, To and Date with --show, and correct names and addresses '
+              'in the device')
+LOOKS_LIKE_SPAM = ('the content looks like spam to the provider: give the '
+                   'device a telling subject and some text, and try again')
+UNKNOWN_RECIPIENT = ('the address of the recipient does not exist: correct '
+                     'it in the device')
+FULL_RECIPIENT = ('the mailbox of the recipient is full: its owner has to '
+                  'make room')
+
+# Asked from top to bottom, the first that fits counts: special before
+# general. A row that changes the kind needs a stage, a host or an enhanced
+# code, so that the refusal of a recipient is never taken for one of ours.
+KNOWN_REPLIES = (
+    # POP login.
+    Advice('', 'pop', r'\bweb login required', 'person',
+           'Google wants to see you: sign in to the mailbox with a web '
+           'browser once, and use an app password as poppassword'),
+    Advice('', 'pop', r'exceeded pop command or bandwidth', 'account',
+           'the mailbox is asked too often by POP: set popcheckdelay=300 or '
+           'more, and let other programs ask less'),
+    Advice('', 'pop', r'disallowed on non-secure', 'person',
+           'the server takes no password without TLS: set popssl=true and '
+           'popport=995, or popssl=tls and popport=110'),
+    Advice('', 'pop', r'^-err \[in-use\]|unable to lock maildrop', '',
+           'another program reads this mailbox by POP: this passes'),
+    Advice('', 'pop', r'^-err \[login-delay\]', '',
+           'the server wants more time between two POP logins: set '
+           'popcheckdelay longer'),
+    Advice('', 'pop', r'^-err \[sys/temp\]', '',
+           'the POP server has trouble of its own: this passes'),
+    Advice('', 'pop', r'not enabled for pop', 'person',
+           'POP is switched off for this mailbox: switch it on in its '
+           'settings on the web'),
+    Advice('', 'pop login',
+           r'tls 1\.0 and 1\.1 are not supported|^421 4\.7\.66 ', 'person',
+           'the OpenSSL of this box is too old, the server wants TLS 1.2: '
+           'update the system of the box'),
+    Advice('', 'pop', r'^-err \[auth\]', 'person',
+           'the POP server refuses the login: check popusername and '
+           'poppassword; many providers want an app password'),
+    Advice('', 'pop', r'\b(auth\w*|log ?[io]n|password|user ?name)\b.*'
+           r'\b(failed|failure|invalid|incorrect|wrong|bad|denied)\b|'
+           r'\b(invalid|incorrect|wrong|bad) (log ?in|password|user)', '',
+           'the POP server refuses the login: check popusername and '
+           'poppassword'),
+
+    # Sign-in by OAuth2: error and error_description of the token server.
+    Advice('', 'token', r'\baadsts(70008|700082)\b', '',
+           'the sign-in was not used for 90 days and has ended: sign in '
+           'again by --login'),
+    Advice('', 'token', r'\baadsts50173\b', '',
+           'the sign-in was withdrawn, as after a new password: sign in '
+           'again by --login'),
+    Advice('', 'token', r'\baadsts70043\b', '',
+           'a policy of your organization ends each sign-in after some time: '
+           'sign in again by --login, and ask the administrator to except '
+           'this app from the sign-in frequency'),
+    Advice('', 'token', r'\baadsts(50074|50076|50079)\b', '',
+           'Microsoft wants a second factor now: sign in again by --login'),
+    Advice('', 'token', r'\baadsts(53000|53001|53003|530032)\b', '',
+           'Conditional Access of your organization blocks this sign-in, '
+           'often the device code only: try oauthflow=browser, else ask the '
+           'administrator'),
+    Advice('', 'token', r'\baadsts(65001|90094|90095)\b|consent_required', '',
+           'nobody has allowed this app to send mail yet: sign in again by '
+           '--login and agree, or let the administrator grant SMTP.Send in '
+           'Entra'),
+    Advice('', 'token', r'\baadsts700016\b', '',
+           'this organization does not know the app: check oauthclientid and '
+           'oauthtenant'),
+    Advice('', 'token', r'\baadsts90002\b', '',
+           'Microsoft does not know this organization: check oauthtenant'),
+    Advice('', 'token', r'\baadsts7000218\b', '',
+           'the app is not registered as a public client: set Allow public '
+           'client flows to Yes in Entra, or set oauthclientsecret'),
+    Advice('', 'token', r'\baadsts700025\b', '',
+           'the app is a public client, it must not send a secret: remove '
+           'oauthclientsecret'),
+    Advice('', 'token', r'\baadsts7000215\b', '',
+           'the secret is wrong: oauthclientsecret must be the value of the '
+           'secret in Entra, not its id'),
+    Advice('', 'token', r'\baadsts7000222\b', '',
+           'the secret of the app has expired: make a new one in Entra and '
+           'set oauthclientsecret'),
+    Advice('', 'token', r'\baadsts50194\b', '',
+           'the app is registered for one organization only: set oauthtenant '
+           'to its id or domain'),
+    Advice('', 'token', r'\baadsts(50020|9002332|9001023)\b', '',
+           'this account does not belong to that tenant: set oauthtenant to '
+           'consumers for Outlook.com, to your domain for Microsoft 365'),
+    Advice('', 'token', r'\baadsts(70019|70018)\b|\bexpired_token\b|'
+           r'\bbad_verification_code\b', '',
+           'the code was typed wrong or too late: start --login again'),
+    Advice('', 'token', r'temporarily_unavailable|server_error|'
+           r'\baadsts(90033|90024|90006|50033|70012)\b', '',
+           'the token server has trouble of its own: this passes'),
+    Advice('', 'token', r'device flow scope', '',
+           'Google allows no mail by device code: set oauthflow=browser'),
+    Advice('', 'token', r'\badmin_policy_enforced\b', '',
+           'the administrator of this Google Workspace does not allow the '
+           'app: ask them to trust its oauthclientid'),
+    Advice('', 'token', r'\binvalid_rapt\b', '',
+           'this Google Workspace ends each sign-in after some hours: sign '
+           'in again by --login, and ask the administrator to except the app '
+           'from the session control'),
+    Advice(GOOGLE, 'token', r'\binvalid_grant\b', '',
+           'Google has ended the sign-in: sign in again by --login; if that '
+           'happens every 7 days, the app is still in Testing: publish it '
+           'in the Google console'),
+    Advice('', 'token', r'\binvalid_grant\b', '',
+           'the sign-in is no longer good: sign in again by --login'),
+    Advice('', 'token', r'\b(invalid_client|deleted_client)\b', '',
+           'the provider does not take the app: check oauthclientid and '
+           'oauthclientsecret'),
+    Advice('', 'token', r'\bunauthorized_client\b', '',
+           'the app may not sign in this way: check oauthclientid and '
+           'oauthflow, and what the app is registered for'),
+    Advice('', 'token', r'\binvalid_scope\b', '',
+           'the provider does not know this right: check oauthscope'),
+    Advice('', 'token', r'\b(access_denied|authorization_declined)\b', '',
+           'the sign-in was refused, by the person or by a policy of the '
+           'organization: start --login again, or ask the administrator'),
+
+    # Connection and greeting: the text is our own where nobody answered.
+    Advice('', 'connect', r'does not answer in time|timed out', '',
+           'check smtphost and smtpport; most internet providers block port '
+           '25: set smtpport=587 and smtpsecurity=tls, or smtpport=465 and '
+           'smtpsecurity=ssl'),
+    Advice('', 'connect', r': connection refused$', '',
+           'no mail server listens there: check smtphost and smtpport'),
+    Advice('', 'connect', r'^the name .* is not known', '',
+           'check the spelling of smtphost, and whether this box can look up '
+           'names'),
+    Advice('', 'connect', r'nemesis esmtp service not available', '',
+           'this host is for mail from other servers only: set smtphost to '
+           'mail.gmx.net, smtp.web.de or smtp.ionos.de, smtpport=587, '
+           'smtpsecurity=tls, with login'),
+    Advice('', 'connect', r'tosa@rx\.t-online\.de', '',
+           'this host is for mail from other servers only: set '
+           'smtphost=securesmtp.t-online.de, smtpport=465 and '
+           'smtpsecurity=ssl, with login'),
+    Advice('', GREETED, r'^5\d\d .*client host \[[^]]*\] blocked using|'
+           r'rejected because [0-9a-f.:]+ is in a black list at|'
+           r'policy block list|^550 dy-001\b|on our block list \(s3150\)|'
+           r'^553 5\.7\.1 \[bl2|^550 5\.7\.6[0-4]\d .*banned sending ip',
+           'later', PRIVATE_LINE),
+    Advice('', GREETED, r'^4\d\d .*(reverse dns for this ip failed|'
+           r'client host rejected: cannot find your (reverse )?hostname)',
+           'person', REVERSE_NAME),
+    Advice('', '', r'^550 5\.7\.25 .*\bptr record', '', REVERSE_NAME),
+    Advice('', GREETED, r'^421 4\.7\.0 ip not in whitelist', 'person',
+           'this host of Google is for mail from other servers only: set '
+           'smtphost=smtp.gmail.com, smtpport=587, smtpsecurity=tls, with '
+           'login'),
+    Advice('', '', r'not authorized to send email directly to our servers',
+           '', PRIVATE_LINE),
+
+    # Our name.
+    Advice('', 'hello', r'^421 4\.7\.0 .*closing connection\. \(ehlo\)',
+           'person', FULL_NAME),
+    Advice('', 'hello mail rcpt', r'helo command rejected:|'
+           r'helo/ehlo argument|invalid helo name|'
+           r'syntactically invalid (ehlo|helo) argument', 'person',
+           FULL_NAME),
+    Advice('', 'hello', r'^50[14] ', '', FULL_NAME),
+    Advice('', 'rcpt', r'^550 5\.5\.1 protocol error', '',
+           'the server takes this box for a spammer: set localhostname to a '
+           'full name, and send through the outgoing server of your '
+           'provider, with login'),
+
+    # Limits of the account. 5xx as well: they pass by themselves.
+    Advice('', 'login', r'too many (failed )?login attempts', 'account',
+           'too many logins in a short time: it passes by itself; set '
+           'smtpconnections=1 and look whether other programs use this '
+           'account with a wrong password'),
+    Advice('', SENDING, r'^5\d\d 5\.2\.\d .*(submissionquota|'
+           r"sender's submission quota was exceeded)", 'account',
+           'this mailbox has sent to 10000 recipients today, the most that '
+           'Microsoft allows: its mail waits; if that can not be, change '
+           'the password'),
+    Advice('', 'dot', r'^5\d\d 5\.2\.[02] .*storedrv\..*quotaexceeded',
+           'account',
+           'the mailbox of the sender is full, it keeps a copy of each mail '
+           'sent: empty Sent Items, or have the administrator set a '
+           'retention policy'),
+    Advice('', SENDING, r'^550 5\.4\.5 .*daily|^550 5\.7\.1 .*daily smtp '
+           r'relay (sending )?limit exceeded|^550 5\.7\.1 .*exceeded your '
+           r'daily sending limit|^462 daily send limit|'
+           r'^454 throttling failure: daily', 'account', DAY_LIMIT),
+    Advice('', SENDING, r'^450 4\.2\.1 peak smtp relay limit|'
+           r'^450 .*mail send limit exceeded|exceeded the max emails per|'
+           r'exceeded its 24-hour sending limit|sent too many messages this '
+           r'hour\. ib504|^550 5\.7\.1 your mail limit has been reached|'
+           r'^45\d (4\.7\.1 )?ratelimit ("[^"]*out[^"]*" )?exceeded',
+           'account', LIMIT),
+    Advice('', SENDING, r'exceeded the max defers and failures', 'account',
+           'too many mails of this domain failed in an hour: its mail waits; '
+           'correct the recipient that fails all the time, --queue shows it'),
+    Advice('', SENDING, r'is not allowed to send: .*(too fast|limit exceeded)',
+           'account', LIMIT),
+    Advice('', SENDING, r'^5\d\d 5\.(7\.0|4\.\d+) (?!.*\b(hops?|loop|size|'
+           r"recipients?|user|mailbox)\b).*(limit\b.* exceeded|exceeded\b.* "
+           r'limit|try again later)', 'account', LIMIT),
+    Advice('', 'connect hello login mail', r'^5\d\d (?!.*\bsize\b).*'
+           r'(limit\b.* (exceeded|reached)|exceeded\b.* limit|'
+           r'try again later)', 'account', LIMIT),
+    Advice(r'\bauthsmtp\b', '', r'^433 ', 'person',
+           'the number of mails of this plan is used up: buy more at '
+           'AuthSMTP'),
+
+    # Pace: too fast or too many at a time.
+    Advice('', SENDING, r'^550 5\.7\.0 too many emails per second|'
+           r'^454 throttling failure: maximum sending rate|'
+           r'per session\. open a new session.* ib510', 'later',
+           'mails come too fast for this provider: set smtprate'),
+    Advice('', '', r'too many (concurrent )?(smtp )?connections|'
+           r'concurrent .*connections has exceeded|sender thread limit|'
+           r'concurrent connection limit', '',
+           'too many connections at a time: set smtpconnections=1; other '
+           'programs may use this account as well'),
+    Advice('', '', r'submission rate for this client|^450 4\.7\.1 error: '
+           r'too (many|much) (auth|mail|recipients)', '',
+           'mails come too fast for this server: set smtprate'),
+    Advice('', '', r'with the same message-id', '',
+           'the device gives all its mails one Message-ID: look for that in '
+           'the device; each needs its own'),
+
+    # Login.
+    Advice('', 'login', r'maximum credits exceeded', 'person',
+           'the plan at SendGrid is used up, or the trial is over: pay '
+           'there, or use another provider'),
+    Advice('', 'login', r'smtpclientauthentication is disabled', 'person',
+           'SMTP AUTH is switched off: the administrator has to switch on '
+           'Authenticated SMTP for this mailbox in the Microsoft 365 admin '
+           'centre; another password does not help'),
+    Advice('', 'login mail', r'basic authentication is (disabled|not '
+           r'supported)', 'person',
+           'Microsoft takes no passwords here any more: set oauth=microsoft '
+           'and sign in by --login'),
+    Advice('', 'login', r'security defaults', 'person',
+           'the security defaults of your organization forbid logins with a '
+           'password: set oauth=microsoft and sign in by --login, or ask the '
+           'administrator'),
+    Advice('', 'login', r'did not meet the criteria', 'person',
+           'a policy of your organization (Conditional Access) blocks this '
+           'login: ask the administrator to allow it for this mailbox'),
+    Advice('', 'login', r'account (is )?(locked|disabled|suspended|blocked)',
+           'person', 'the provider has closed or locked this account: sign '
+           'in on the web, or ask the provider'),
+    Advice('', 'login', r'^535 5\.7\.(3|139) ', 'person',
+           'Exchange refuses the login: check smtpusername and smtppassword; '
+           'with oauth=microsoft remove oauthscope if it is set, and sign in '
+           'again by --login, as this mailbox'),
+    Advice('', 'login', r'^504 5\.7\.4 ', 'person',
+           'this kind of login is switched off: at Microsoft 365 the '
+           'administrator has to switch on Authenticated SMTP for the '
+           'mailbox; elsewhere try another smtpauth'),
+    Advice('', 'login', r'log in (via|with|through) your web browser',
+           'person',
+           'Google doubts this login: sign in with a web browser once, or '
+           'use an app password as smtppassword'),
+    Advice('', 'login', r'^53[45] 5\.7\.[89] (username and password not '
+           r'accepted|application-specific password required)', 'person',
+           GOOGLE_PASSWORD),
+    Advice('', 'login', r'application password is required|'
+           r'neobhodim parol prilozheniya', 'person', APP_PASSWORD),
+    Advice('', 'login', r'does not have access rights to this service',
+           'person',
+           'mail programs are not allowed for this mailbox: switch them on in '
+           'the settings of Yandex Mail, and set an app password as '
+           'smtppassword'),
+    Advice('', 'login', r'#auth005', 'person',
+           'Yahoo and AOL saw too many wrong logins: wait an hour; they take '
+           'no passwords of accounts and hardly app passwords, so another '
+           'provider may be needed'),
+    Advice(YAHOO, 'login', r'^53[45] ', 'person',
+           'Yahoo, AOL and AT&T are ending logins with a password: if a new '
+           'app password is refused too, use an account of another '
+           'provider'),
+    Advice('', 'login', r'^525 |unauthorized ip address', 'person',
+           'the provider takes logins from listed addresses only: switch '
+           'that list off in its settings, or add the address of your line'),
+    Advice('', 'login', r'^(503 5\.5\.1|503) .*authentication not enabled',
+           'person',
+           'this port has no login: set smtpport=587 and smtpsecurity=tls, '
+           'or smtpport=465 and smtpsecurity=ssl'),
+    Advice('', 'login', r'\bib401\b', 'person',
+           'this host is for mail from other servers: set '
+           'smtphost=smtpout.secureserver.net'),
+    Advice('', 'login', r'password is too simple', 'person',
+           'the provider takes no weak passwords: set a better one there and '
+           'as smtppassword'),
+    Advice('', 'login', r'temporary authentication failure|'
+           r'unable to authenticate at present', '',
+           'the login server of the provider has trouble: this passes, the '
+           'password may be right'),
+    Advice('', 'login', r'encryption required|starttls|without ssl/tls|'
+           r'^538 ', 'person', USE_TLS),
+    Advice(r'\bamazonaws\b', 'login', r'^535 ', '',
+           'Amazon SES wants its SMTP credentials, not the access key; '
+           'smtphost must name their region; new ones work after two '
+           'minutes'),
+    Advice(IONOS, 'login', r'^535 ', 'person',
+           'the password is wrong, or POP3 and IMAP are not allowed in the '
+           'settings of the mailbox, or it wants an app password; at IONOS it '
+           'is the password of the mailbox, not of the customer'),
+    Advice(ICLOUD, 'login', r'^535 ', 'person',
+           'iCloud wants an app-specific password: make one at '
+           'account.apple.com and set it as smtppassword; smtpusername is '
+           'the Apple address, no alias'),
+    Advice(r'\bt-online\.de$', 'login', r'^535 ', 'person',
+           'T-Online wants the separate e-mail password: set one in the '
+           'Kundencenter on the web and use it as smtppassword'),
+    Advice(r'\bfreenet\.de$', 'login', r'^535 ', 'person',
+           'the password is wrong, or POP3/IMAP/SMTP is not switched on in '
+           'the settings of freenet'),
+    Advice(r'\bzoho\b', 'login', r'^535 ', 'person',
+           'check the password, smtphost must be that of your region '
+           '(smtp.zoho.eu, .com, .in), and with two factors Zoho wants an '
+           'app password'),
+    Advice(r'\b(fastmail|yandex|mail\.ru|bluewin)\b', 'login', r'^535 ',
+           'person', APP_PASSWORD),
+    Advice(r'\bsendgrid\b', 'login', r'^535 ', 'person',
+           'at SendGrid smtpusername is the word apikey, smtppassword an API '
+           'key'),
+    Advice(r'\b(brevo|sendinblue|mailgun|mailjet|postmarkapp|resend|'
+           r'smtp2go)\b', 'login', r'^535 ', 'person',
+           'this service has a user and a password of its own for SMTP: look '
+           'them up on its SMTP page'),
+    Advice('', 'login', r'^535 |\bofr_305\b', 'person',
+           'the server refuses the login: check smtpusername and '
+           'smtppassword; many providers want an app password, or mail '
+           'programs switched on in their settings'),
+
+    # The server wants TLS or a login.
+    Advice('', 'mail rcpt', r'^530 .*\b(starttls|tls|ssl)\b|^451 5\.7\.3 '
+           r'starttls is required|^450 4\.7\.1 session encryption is '
+           r'required', 'person', USE_TLS),
+    Advice('', 'mail rcpt', r'^530 |^5\d\d 5\.7\.57 |'
+           r'^553 5\.7\.1 .*: not logged in$|'
+           r'^550 must be authenticated|^550 unauthenticated senders not|'
+           r'^550 relay access denied - please authenticate', 'person',
+           USE_LOGIN),
+    Advice('', 'rcpt', r'^550 5\.7\.64 tenantattribution', 'person',
+           'the connector of your organization at Microsoft does not know '
+           'this line: its address has changed, the administrator has to '
+           'enter the new one'),
+    Advice('', SENDING, r'^550 5\.7\.[01] (mail relay denied|invalid '
+           r'credentials for relay)', 'person',
+           'the relay of Google Workspace does not know this line: the '
+           'administrator has to enter its address, or use smtp.gmail.com '
+           'with login; From must be of your domain'),
+    Advice('', 'mail rcpt', r'check for new mail before sending|\bpop3? .{0,9}'
+           r'first\b|\bpop/apop authori[sz]ation', 'later',
+           'the server wants a POP login first: set popbeforesmtp=true, '
+           'pophost, popusername, poppassword; if they are set, a shorter '
+           'popcheckdelay'),
+    Advice('', 'rcpt', r'relay access denied|relay not permitted|relaying '
+           r'denied|list of allowed rcpthost|unable to relay|turn on smtp '
+           r'authentication|permitted to relay through this server', '',
+           'the server sends to strangers for its users only: set '
+           'smtpusername and smtppassword, or popbeforesmtp=true; if others '
+           'get mail, look at the address of the recipient'),
+
+    # The account may not send.
+    Advice('', 'mail dot', r'please sign in (to|and validate) your', 'person',
+           'Microsoft wants to see you: sign in to this account on the web '
+           'once and confirm it'),
+    Advice('', SENDING, r'^550 5\.1\.8 .*bad outbound sender|^550 5\.7\.705 '
+           r'.*tenant has exceeded', 'person', BLOCKED),
+    Advice(MICROSOFT, SENDING, r'^550 5\.7\.(708|750|50[123]|511) ',
+           'person', BLOCKED),
+    Advice('', 'dot', r'outboundspamexception', '',
+           'Microsoft takes this mail for spam, or doubts the account: sign '
+           'in on the web, look at the content, then --retry'),
+    Advice('', SENDING, r'^550 5\.2\.253 ', 'person',
+           'this mailbox has no licence at Microsoft 365: the administrator '
+           'has to give it one'),
+    Advice('', SENDING, r'message sending for this account is disabled',
+           'person',
+           'Mail.ru has stopped this account: sign in on the web and recover '
+           'it'),
+    Advice('', SENDING, r'sending paused for this account', 'person',
+           'Amazon has paused this account: read its mail to you, and answer '
+           'it'),
+    Advice('', SENDING, r'not authorized to perform\b.*\bses:', 'person',
+           'these credentials may not send: give their IAM user the right '
+           'ses:SendRawEmail'),
+    Advice('', SENDING, r'domain \S+ is not allowed to send:', 'person',
+           'Mailgun does not let this domain send: a sandbox domain sends to '
+           'authorized recipients only, so add one of your own; the text '
+           'behind the colon says more'),
+    Advice('', SENDING, r'^502 5\.7\.0 .*not yet activated', 'person',
+           'the account is not activated yet: ask the support of Brevo to '
+           'activate SMTP'),
+    Advice('', SENDING, r"^550 that (smtp username's account|ip address) is "
+           r'not allowed to send', 'person',
+           'SMTP2GO has closed this account or user: look at its panel'),
+    Advice('', SENDING, r'^550 5\.4\.6 unusual sending activity|'
+           r'^554 5\.1\.8 email outgoing blocked', 'person',
+           'Zoho has blocked this account: unblock it on the web page that '
+           'the reply names'),
+    Advice('', SENDING, r'outgoing mail suspension', 'person',
+           'the host has stopped all mail of this domain: ask the host '
+           'why'),
+
+    # The sender's address.
+    Advice('', 'mail', r'^451 .*invalid return path: not owned by user',
+           'never', OWN_ADDRESS),
+    Advice('', SENDING, r'^403 .*not authorized to send from', 'never',
+           'SendGrid does not know this sender: verify it there, or set '
+           'forcefrom to one that is verified'),
+    Advice('', '', r'verified sender identity|email address is not verified|'
+           r'sender domain not verified|domain is not verified|'
+           r'from domain not trusted|from: address not verified', '',
+           'the service sends for verified addresses only: verify this '
+           'sender there, or set forcefrom to one that is; in a trial the '
+           'recipient as well'),
+    Advice('', '', r'not one of your addresses|sender address is not allowed|'
+           r'not owned by (auth(orized)? )?user|mail from not owned by user|'
+           r'not authori[sz]ed to send from this|relaying disallowed as|'
+           r'not local sender|mail from (address )?must (equal|be same)|'
+           r'sendasdenied|permissions to send as this sender|'
+           r'envelope sender not allowed|must match authenticated domain|'
+           r'as a sender domain|emetteur invalide|'
+           r'blank from: addresses', '', OWN_ADDRESS),
+    Advice(YAHOO, 'data dot', r'^550 request failed; mailbox unavailable', '',
+           OWN_ADDRESS),
+    Advice('', 'mail', r'^5\d\d 5\.1\.0 .*sender rejected', '',
+           OWN_ADDRESS),
+    Advice('', '', r'sender address rejected: access denied', '',
+           'this sender needs a login here: set smtpusername, smtppassword, '
+           'smtpport=587 and smtpsecurity=tls'),
+    Advice('', '', r'^554 unauthorized sender address', '',
+           'the name in From looks like an address: take @ and dots out of '
+           'that name in the device, or set forcefrom'),
+    Advice('', 'mail rcpt', r'^45\d 4\.1\.8 <([^@>]*@[^.>]+|[^>]*\.(local|lan|'
+           r'home|internal|localdomain|localnet|box))>: sender address '
+           r'rejected: domain not found', 'never',
+           'the domain of the sender exists in your network only: set '
+           'forcefrom to the address of the account'),
+    Advice('', '', r'sender address rejected: domain not found|'
+           r'sender verify failed', '',
+           'the domain of the sender does not exist in the DNS: set forcefrom '
+           'to the address of the account, or correct it in the device'),
+    Advice('', '', r'^5\d\d 5\.1\.7 |sender address must contain a domain',
+           '', 'the address of the sender is no mail address: set forcefrom '
+           'to the address of the account, or correct it in the device'),
+    Advice('', '', r'^[45]\d\d [45]\.7\.26 |^550 5\.7\.(515|509|23) |'
+           r'\bdmarc policy\b|\bdmarc verification\b|\bspf[- ](check|policy)|'
+           r'sender policy framework|\[cs01\]', '', NOT_PROVEN),
+
+    # Passes by itself.
+    Advice('', '', r'\bgr[ea]y-?list|^[45]\d\d .*verification in progress',
+           '', 'the server lets unknown senders wait some minutes: this '
+           'passes'),
+    Advice('', SENDING, r'failure sending mail\. try again later|'
+           r'service refuse\. veuillez essayer plus tard|'
+           r'^550 5\.5\.0 .*\blpn\d*_510\b',
+           'later', 'the provider says that this passes by itself'),
+    Advice('', SENDING, r'^5\d\d 5\.2\.12[12] |^550 5\.2\.1 .*at a rate that '
+           r'prevents', 'later',
+           'the recipient gets too many mails at the moment: this passes; '
+           'let the device send less'),
+    Advice('', 'rcpt', r'at a rate that prevents', '',
+           'the recipient gets too many mails at the moment: this passes; '
+           'let the device send less'),
+    Advice('', '', r'^45\d .*(insufficient system resources|space shortage|'
+           r'temporary lookup error|temporary local problem|server busy|'
+           r'tls not available due to local problem)|'
+           r'rate limited due to ip reputation', '',
+           'the server has trouble of its own: this passes'),
+
+    # The mail itself.
+    Advice('', 'data dot', r'^451 .*smtplf\.html', 'never',
+           'the server does not like the line ends of this mail, and never '
+           'will: send it another way, and report this line'),
+    Advice('', '', r'bare <?lf\b|bare linefeeds|not crlf terminated', '',
+           'the server does not like the line ends of this mail: report '
+           'this line to the makers of smtpproxy'),
+    Advice('', '', r'line length is|lines? too long', '',
+           'this mail has lines over 998 bytes: they are folded unless the '
+           'mail is signed; a signed one has to be made with shorter lines'),
+    Advice('', '', r'^(552|550|554|523) (5\.3\.4 )?.*\b((message|mail) size '
+           r"exceeds|exceeded google's message size|message (is )?too (big|"
+           r'large)|message size limits?)', '',
+           'the mail is too large for this provider: let the device scan '
+           'with less resolution or fewer pages, or set maxsize to the '
+           'limit of the provider'),
+    Advice('', '', r'illegal attachment|potential security issue|'
+           r'reject, id=\S+ - banned|\(b-attach\)', '',
+           'the provider does not take this kind of attachment: send another '
+           'one, as PDF'),
+    Advice('', '', r'header (line )?is (too long|ridiculously long)|'
+           r"header syntax|duplicate header|not rfc compliant|5322 compliant|"
+           r'missing a valid|multiple addresses in from|section 3\.6\.2|'
+           r'rfcmessagenoncompliant|reject, id=\S+ - bad_header|'
+           r'reject due to policy restrictions\b.*\bc=hi\b', '', BAD_HEADER),
+    Advice('', '', r'under suspicion of spam', '',
+           'Yandex takes this mail for spam: change subject or text; send '
+           'nothing for 24 hours if all mails are refused, each try makes '
+           'the block longer'),
+    Advice('', 'data dot', r'likely unsolicited mail|spam message rejected|'
+           r'spam or virus|\bofr_506\b|refused by local policy\. no spam|'
+           r'reject, id=\S+ - spam|message not (allowed - \[299\]|accepted '
+           r'for policy reasons)', '', LOOKS_LIKE_SPAM),
+    Advice('', '', r'exceeded 50 hops|hop count exceeded|mail loop|'
+           r'routing loop', '',
+           'this mail goes round in a loop: look who forwards it back to '
+           'this box'),
+    Advice('', '', r'^553 5\.6\.7 |internationali[sz]ed mailbox', '',
+           'this provider takes no letters beyond ASCII in addresses: '
+           'correct the address of sender or recipient in the device'),
+
+    # The recipient.
+    Advice('', 'rcpt', r'^[45]5\d [45]\.2\.2 |over quota|quota exceeded|'
+           r'mailbox (is )?full|boite du destinataire pleine', '',
+           FULL_RECIPIENT),
+    Advice('', 'rcpt', r'^55\d 5\.1\.(1|2|6|10) |^550 5\.4\.1 .*recipient '
+           r'address rejected|user unknown|no such (user|recipient|mailbox)|'
+           r"doesn't have a|\bofr_416\b|nullmx|^550 requested action not "
+           r'taken: mailbox unavailable$', '', UNKNOWN_RECIPIENT),
+    Advice('', 'rcpt', r'^50[13] 5\.1\.3 |^553 5\.1\.[23] ', '',
+           'the address of the recipient is no mail address: correct it in '
+           'the device'),
+    Advice('', 'rcpt', r'^55\d 5\.2\.1 ', '',
+           'the mailbox of the recipient is closed: correct the address in '
+           'the device'),
+    Advice('', 'rcpt', r'^550 5\.7\.(124|13[3456]) ', '',
+           'the recipient is a group that takes mail of its members only: '
+           'ask its owner to let this sender in'),
+)
+
+NO_ADVICE = Advice()
+
+
+def flattened(reply):
+    """A reply in one line of small letters. Its enhanced code stands there
+    once: Google repeats it on each line, in the middle of sentences."""
+    text = re.sub(r'\n\d{3}[ -]', ' ', reply[:2000]).casefold()
+    text = re.sub(r'^(\d{3})-', r'\1 ', ' '.join(text.split()))
+    code = re.match(r'\d{3} ([245]\.\d{1,3}\.\d{1,3}) ', text)
+    if code:
+        repeated = ' %s ' % code[1]
+        text = code[0] + text[code.end():].replace(repeated, ' ')
+    return text
+
+
+def advise(host, stage, reply):
+    """The first row of KNOWN_REPLIES that fits, or NO_ADVICE. reply:
+    'CODE text', in one line or several; at connect also our own words."""
+    text = flattened(reply)
+    for row in KNOWN_REPLIES:
+        # re keeps what it has compiled: who never fails pays nothing.
+        if (stage in (row.stages or stage).split()
+                and re.search(row.where, host.lower())
+                and re.search(row.pattern, text)):
+            return row
+    return NO_ADVICE
+
+
+def with_advice(problem, advice):
+    """A problem's text with the advice behind it, if there is one."""
+    if not advice.sentence:
+        return problem
+    return '%s; advice: %s' % (problem, advice.sentence)
+
+
+class Provider(NamedTuple):
+    """What --add knows of a provider. domains: of addresses that belong to
+    it; username: what its login wants, 'address', 'local' (the part before
+    the @), a fixed word, or '' (to be asked); note: for the owner, before
+    the password is asked."""
+    name: str
+    domains: str
+    smtphost: str
+    smtpport: int
+    smtpsecurity: str
+    username: str = 'address'
+    oauth: str = ''
+    note: str = ''
+
+
+PROVIDERS = (
+    Provider('gmail', 'gmail.com googlemail.com', 'smtp.gmail.com', 587,
+             'tls', note='Google wants an app password: switch on 2-step '
+             'verification and make one at myaccount.google.com/apppasswords; '
+             'or choose oauth=google'),
+    Provider('microsoft365', '', 'smtp.office365.com', 587, 'tls',
+             oauth='microsoft', note='the administrator has to switch on '
+             'Authenticated SMTP for the mailbox, and you need an app '
+             'registration in Entra, see README'),
+    Provider('outlook', 'outlook.com hotmail.com live.com msn.com outlook.de '
+             'hotmail.de', 'smtp-mail.outlook.com', 587, 'tls',
+             oauth='microsoft', note='Microsoft takes no passwords here, app '
+             'passwords neither; you need an app registration in Entra, see '
+             'README'),
+    Provider('yahoo', 'yahoo.com yahoo.de yahoo.co.uk ymail.com aol.com '
+             'aol.de', 'smtp.mail.yahoo.com', 465, 'ssl',
+             note='Yahoo and AOL are ending logins with a password, app '
+             'passwords included: most likely you need an account of another '
+             'provider for your devices'),
+    Provider('icloud', 'icloud.com me.com mac.com', 'smtp.mail.me.com', 587,
+             'tls', note='iCloud wants an app-specific password: make one at '
+             'account.apple.com; the user is the Apple address, no alias'),
+    Provider('gmx', 'gmx.de gmx.net gmx.at gmx.ch', 'mail.gmx.net', 587,
+             'tls', note='allow access by POP3 and IMAP in the settings of '
+             'the mailbox first, with a browser on a computer; with two '
+             'factors GMX wants an app password'),
+    Provider('web.de', 'web.de', 'smtp.web.de', 587, 'tls', 'local',
+             note='allow access by POP3 and IMAP in the settings of the '
+             'mailbox first, with a browser on a computer; with two factors '
+             'WEB.DE wants an app password'),
+    Provider('t-online', 't-online.de magenta.de', 'securesmtp.t-online.de',
+             465, 'ssl', note='T-Online wants the separate e-mail password: '
+             'set one in the Kundencenter on the web first'),
+    Provider('freenet', 'freenet.de', 'mx.freenet.de', 587, 'tls',
+             note='switch on POP3/IMAP/SMTP in the settings of the mailbox '
+             'first'),
+    Provider('ionos', 'online.de onlinehome.de', 'smtp.ionos.de', 465, 'ssl',
+             note='it is the password of this mailbox, not of the customer; '
+             'outside Germany set smtphost to smtp.ionos.com, .fr, .co.uk or '
+             '.es'),
+    Provider('strato', '', 'smtp.strato.de', 465, 'ssl',
+             note='it is the password of this mailbox'),
+    Provider('zoho', 'zoho.eu zohomail.eu', 'smtp.zoho.eu', 465, 'ssl',
+             note='outside Europe set smtphost to smtp.zoho.com, .in, .com.au '
+             'or .jp; with two factors Zoho wants an app password'),
+    Provider('fastmail', 'fastmail.com fastmail.fm', 'smtp.fastmail.com', 465,
+             'ssl', note='Fastmail wants an app password; the Basic plan has '
+             'none'),
+    Provider('sendgrid', '', 'smtp.sendgrid.net', 587, 'tls', 'apikey',
+             note='the password is an API key; verify the sender there '
+             'first'),
+    Provider('brevo', '', 'smtp-relay.brevo.com', 587, 'tls', '',
+             note='user and password are the SMTP login and the SMTP key, '
+             'not the API key; validate the sender there first, it drops '
+             'mail of others without a word'),
+    Provider('smtp2go', '', 'mail.smtp2go.com', 587, 'tls', '',
+             note='user and password are those of an SMTP user of its panel; '
+             'verify the sender there first'),
+)
+
+
 # --- Sign-in: what an account asks before it takes mail ---------------------
 
 def auth_cram_md5(ask, user, password):
