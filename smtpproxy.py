@@ -94,6 +94,7 @@ class Config(NamedTuple):
     tlsweak: bool = False
     user: str = ''
     group: str = ''
+    tokendir: str = 'tokens'
 
 
 class Logging(NamedTuple):
@@ -124,6 +125,16 @@ class Account(NamedTuple):
     popusername: str = ''
     poppassword: str = ''
     popcheckdelay: int = 60
+    oauth: str = ''
+    oauthclientid: str = ''
+    oauthclientsecret: str = ''
+    oauthtenant: str = 'common'
+    oauthflow: str = 'auto'
+    oauthscope: str = ''
+    oauthtokenurl: str = ''
+    oauthdeviceurl: str = ''
+    oauthauthurl: str = ''
+    oauthport: int = 0
     returnpath: str = ''
     replyto: str = ''
     forcefrom: str = ''
@@ -134,6 +145,12 @@ class Account(NamedTuple):
     def server(self):
         return '%s:%d' % (self.smtphost, self.smtpport)
 
+    @property
+    def sign_in(self):
+        """Accounts that agree in this share one sign-in by OAuth2."""
+        return (self.smtpusername.lower(), self.oauthclientid,
+                self.oauthtokenurl)
+
     def __repr__(self):
         return 'Account(%s)' % ', '.join(
             '%s=%s' % (key, masked(key, value))
@@ -142,13 +159,15 @@ class Account(NamedTuple):
 
 class Settings(NamedTuple):
     """Never changed: a reload builds a new one. accounts: {lower-case section
-    name: Account}, handlers: {name: {key: value}}, warnings: [str]."""
+    name: Account}, handlers: {name: {key: value}}, warnings: [str], sign_ins:
+    {Account.sign_in: name of the section that holds its keys}."""
     file: str
     config: Config
     logging: Logging
     accounts: dict
     handlers: dict
     warnings: list
+    sign_ins: dict
 
     def account_for(self, sender):
         """The Account of an envelope sender (str), or None."""
@@ -165,19 +184,46 @@ class Settings(NamedTuple):
 
 CHOICES = {'level': ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE'),
            'smtpsecurity': ('none', 'tls', 'ssl'),
-           'smtpauth': ('auto', 'plain', 'login', 'cram-md5')}
-PORTS = ('port', 'tlsport', 'smtpport', 'popport')
+           'smtpauth': ('auto', 'plain', 'login', 'cram-md5', 'xoauth2',
+                        'oauthbearer'),
+           'oauthflow': ('auto', 'device', 'browser', 'app')}
+PORTS = ('port', 'tlsport', 'smtpport', 'popport', 'oauthport')
 AT_LEAST = {'maxsize': 1, 'maxconnections': 1, 'timeout': 1,
             'smtpconnections': 1, 'sleeptime': 1}
 ADDRESSES = ('returnpath', 'replyto', 'forcefrom')
-PATHS = ('msgdir', 'file', 'tlscert', 'tlskey', 'tlscafile')
+PATHS = ('msgdir', 'tokendir', 'file', 'tlscert', 'tlskey', 'tlscafile')
+SECRETS = ('password', 'secret')        # how the name of such a key ends
 BOOLEANS = {'true': True, 'yes': True, 'on': True, '1': True,
             'false': False, 'no': False, 'off': False, '0': False}
 
 
+# What oauth=<provider> sets where the ini does not. TENANT is oauthtenant.
+MICROSOFT = 'https://login.microsoftonline.com/TENANT/oauth2/v2.0/'
+PROVIDERS = {
+    'microsoft': {
+        'smtphost': 'smtp.office365.com', 'smtpconnections': 2,
+        'oauthflow': 'device', 'oauthtokenurl': MICROSOFT + 'token',
+        'oauthdeviceurl': MICROSOFT + 'devicecode',
+        'oauthauthurl': MICROSOFT + 'authorize',
+        # One scope more, and most tenants want an administrator's consent.
+        'oauthscope': 'https://outlook.office.com/SMTP.Send offline_access'},
+    'google': {
+        'smtphost': 'smtp.gmail.com', 'oauthflow': 'browser',
+        'oauthtokenurl': 'https://oauth2.googleapis.com/token',
+        'oauthauthurl': 'https://accounts.google.com/o/oauth2/v2/auth',
+        'oauthscope': 'https://mail.google.com/'},
+    'other': {}}
+MICROSOFT_APP_SCOPE = 'https://outlook.office365.com/.default'
+
+
 def masked(key, value):
     """value as it may be shown."""
-    return '***' if value and key.endswith('password') else repr(value)
+    return '***' if value and key.endswith(SECRETS) else repr(value)
+
+
+def is_loopback(host):
+    """Does this name or address never leave the box?"""
+    return bool(re.fullmatch(r'127(\.\d{1,3}){3}|localhost|::1', host.lower()))
 
 
 def nearest(word, known):
@@ -198,6 +244,7 @@ class IniReader:
 
     def __init__(self, path):
         self.path, self.mistakes, self.warnings = path, [], []
+        self.sign_ins = {}      # see check_shared
         self.folder = os.path.dirname(os.path.abspath(path))
         self.parser = self.parse(self.read())
 
@@ -262,7 +309,9 @@ class IniReader:
         if self.mistakes:
             raise ConfigError(self.mistakes)
         return Settings(self.path, config, logs, accounts, handlers,
-                        self.warnings + self.careless(accounts))
+                        self.warnings + self.careless(accounts),
+                        {accounts[name].sign_in: name
+                         for name, _ in self.sign_ins.values()})
 
     def complain(self, section, key, what):
         self.mistakes.append('%s: [%s] %s%s' % (
@@ -326,7 +375,7 @@ class IniReader:
         else:
             return self.located(section, key, text)
         self.complain(section, key, '= %s: %s' % (
-            text if not key.endswith('password') else '***', wrong))
+            text if not key.endswith(SECRETS) else '***', wrong))
 
     def located(self, section, key, text):
         """Paths are relative to the folder of the ini."""
@@ -344,6 +393,7 @@ class IniReader:
             if len(found) > 1:
                 self.complain(section, 'use', 'must be the only key here')
             return
+        self.check_oauth(section, found)
         for key in ('smtphost',) + (
                 ('pophost', 'popusername', 'poppassword')
                 if found.get('popbeforesmtp') else ()):
@@ -352,10 +402,129 @@ class IniReader:
         if not found.get('smtpport'):
             implicit = found.get('smtpsecurity') == 'ssl'
             found['smtpport'] = 465 if implicit else 25
-        if bool(found.get('smtpusername')) != bool(found.get('smtppassword')):
+        if not found.get('oauth') and bool(found.get('smtpusername')) != bool(
+                found.get('smtppassword')):
             self.warnings.append(
                 '%s: [%s] has smtpusername or smtppassword without the other: '
                 'there will be no login' % (self.path, section))
+
+    def check_oauth(self, section, found):
+        """What an account with oauth needs; sets what its provider sets."""
+        provider = found['oauth'] = found.get('oauth', '').lower()
+        if not provider:
+            self.check_no_oauth(section, found)
+            return
+        if provider not in PROVIDERS:
+            self.complain(section, 'oauth', '= %s: must be one of %s' % (
+                provider, ', '.join(PROVIDERS)))
+            found.setdefault('smtphost', provider)  # one mistake, one line
+            return
+        address = found.get('oauthtokenurl') or PROVIDERS[provider].get(
+            'oauthtokenurl')
+        self.set_by_provider(section, found)
+        needed = ['smtpusername', 'oauthclientid', 'oauthscope',
+                  'oauthtokenurl', {'device': 'oauthdeviceurl',
+                                    'browser': 'oauthauthurl',
+                                    'app': 'oauthclientsecret'}[
+                                        found['oauthflow']]]
+        for key in needed:
+            if not found.get(key):
+                self.complain(section, key, 'is missing: oauth=%s with '
+                              'oauthflow=%s needs it' % (
+                                  provider, found['oauthflow']))
+        for key in 'oauthtokenurl', 'oauthdeviceurl', 'oauthauthurl':
+            self.check_url(section, key, found.get(key))
+        self.check_oauth_company(section, found)
+        if all(map(found.get, needed)):
+            self.check_shared(section, found, address)
+
+    def set_by_provider(self, section, found):
+        provider, tenant = found['oauth'], found.get('oauthtenant') or 'common'
+        if not re.match(r'[A-Za-z0-9.-]+$', tenant):
+            self.complain(section, 'oauthtenant', '= %s: must be common, '
+                          'organizations, consumers, or the id or domain of '
+                          'a tenant' % tenant)
+            tenant = 'common'
+        if found.get('oauthflow') == 'auto':
+            del found['oauthflow']
+        preset = dict(PROVIDERS[provider])
+        if provider == 'microsoft' and found.get('oauthflow') == 'app':
+            preset['oauthscope'] = MICROSOFT_APP_SCOPE
+        if provider == 'other':
+            preset['oauthflow'] = 'device' if found.get(
+                'oauthdeviceurl') else 'browser'
+        else:
+            preset['smtpsecurity'] = 'tls'
+            if found.get('smtpsecurity') != 'ssl':
+                preset['smtpport'] = 587
+        for key, value in preset.items():
+            if not found.get(key):
+                found[key] = value.replace('TENANT', tenant) if isinstance(
+                    value, str) else value
+
+    def check_url(self, section, key, url):
+        """What is secret goes there: https, unless it stays on the box."""
+        from urllib.parse import urlsplit
+        try:
+            parts = urlsplit(url or 'https://none')
+            good = parts.hostname and parts.port != 0 and (
+                parts.scheme == 'https' or parts.scheme == 'http'
+                and is_loopback(parts.hostname))
+            if good and '@' not in parts.netloc and not re.search(
+                    r'[\s#]', url or ''):
+                return
+        except ValueError:
+            pass                        # a port that is no number
+        self.complain(section, key, '= %s: must be an address that begins '
+                      'with https:// (http:// only for 127.0.0.1)' % url)
+
+    def check_oauth_company(self, section, found):
+        """What does not go together with oauth."""
+        flow, provider = found['oauthflow'], found['oauth']
+        for key in found:
+            if key.startswith('smtppassword') and found[key]:
+                self.complain(section, key, 'and oauth exclude each other: '
+                              'remove one of them')
+        if (found.get('smtpauth') or 'auto') not in (
+                'auto', 'xoauth2', 'oauthbearer'):
+            self.complain(section, 'smtpauth', '= %s: with oauth it must be '
+                          'auto, xoauth2 or oauthbearer' % found['smtpauth'])
+        if (found.get('smtpsecurity') or 'none') == 'none' and not is_loopback(
+                found.get('smtphost') or ''):
+            self.complain(section, 'smtpsecurity', '= none: with oauth it '
+                          'must be tls or ssl: all could read the token')
+        if provider == 'google' and flow != 'browser':
+            self.complain(section, 'oauthflow', '= %s: Google lets nobody '
+                          'sign in for mail so; set browser' % flow)
+        if provider == 'microsoft' and flow == 'app' and found.get(
+                'oauthtenant', 'common') in ('', 'common', 'consumers'):
+            self.complain(section, 'oauthtenant', 'must be the id or domain '
+                          'of your tenant with oauthflow=app')
+
+    def check_no_oauth(self, section, found):
+        for key in found:
+            if key.startswith('oauth') and found[key] not in (
+                    None, '', Account._field_defaults[key]):
+                self.complain(section, key, 'needs oauth=microsoft, google '
+                              'or other beside it')
+        if found.get('smtpauth') in ('xoauth2', 'oauthbearer'):
+            self.complain(section, 'smtpauth', '= %s: needs oauth=microsoft, '
+                          'google or other beside it' % found['smtpauth'])
+
+    def check_shared(self, section, found, address):
+        """Sections with one sign-in must mean the same. address: of the
+        token server, with TENANT as it stands."""
+        name = ' '.join(section.lower().split())
+        key = found['smtpusername'].lower(), found['oauthclientid'], address
+        first, other = self.sign_ins.setdefault(key, (name, found))
+        for key in ('oauthscope', 'oauthflow', 'oauthtenant',
+                    'oauthclientsecret'):
+            default = Account._field_defaults[key]
+            if found.get(key, default) != other.get(key, default):
+                self.complain(section, key, 'is not that of [%s], which has '
+                              'the same sign-in (smtpusername, oauthclientid '
+                              'and oauthtokenurl): they must agree; best is '
+                              'use=%s' % (first, first))
 
     def resolve(self, accounts):
         """Puts the account that is meant in the place of each use=."""
@@ -384,6 +553,13 @@ class IniReader:
             self.complain('config', 'msgdir', '= %s: must be a folder of its '
                           'own: what is no mail there is moved to corrupt/'
                           % config.msgdir)
+        if not os.path.isabs(config.tokendir):
+            config = config._replace(tokendir=os.path.join(
+                self.folder, config.tokendir or 'tokens'))
+        if os.path.realpath(config.tokendir) in map(os.path.realpath, (
+                HOME, self.folder, config.msgdir)):
+            self.complain('config', 'tokendir', '= %s: must be a folder of '
+                          'its own' % config.tokendir)
         if not os.path.isabs(logs.file):
             logs = logs._replace(file=os.path.join(self.folder, logs.file))
         if bool(config.tlscert) != bool(config.tlskey):
@@ -407,7 +583,7 @@ class IniReader:
         passwords = [(section, key, value)
                      for section in self.parser.sections()
                      for key, value in self.parser[section].items()
-                     if key.endswith('password')]
+                     if key.endswith(SECRETS)]
         found = ['%s: [%s] %s has %%%%: smtpproxy 1.x read it as one %%, 2.0 '
                  'takes it as it stands' % (self.path, section, key)
                  for section, key, value in passwords if '%%' in value]
