@@ -10,8 +10,9 @@ the account that belongs to the sender, with all that the account needs.
                                                 Handlers
 
 The sections are in the order of a mail's journey, each uses only those
-above it: Settings, Log, Spool, Front door, Handlers, Courier, Relay, Proxy,
-Commands, Main. The keys of the ini are explained in smtpproxy.ini.example.
+above it: Settings, Log, Spool, Front door, Handlers, Advice, OAuth2, Courier,
+Relay, Proxy, Commands, Main. The keys of the ini are explained in
+smtpproxy.ini.example.
 """
 import binascii
 import collections
@@ -471,7 +472,7 @@ class IniReader:
                 parts.scheme == 'https' or parts.scheme == 'http'
                 and is_loopback(parts.hostname))
             if good and '@' not in parts.netloc and not re.search(
-                    r'[\s#]', url or ''):
+                    '[^!-~]|#', url or ''):
                 return
         except ValueError:
             pass                        # a port that is no number
@@ -1723,7 +1724,7 @@ class Handlers:
         return Address(frm), [Address(address) for address in to]
 
 
-# --- Courier: one account's way out -----------------------------------------
+# --- Advice: what a failure means to the owner -------------------------------
 
 CONNECT_TIME = 30           # seconds
 REPLY_TIME = 60             # seconds for a whole reply
@@ -1855,6 +1856,1032 @@ def plain(reply):
     return ' '.join(''.join(c if c.isprintable() else ' ' for c in reply)
                     .split())[:400]
 
+
+# --- OAuth2: signing in where no password is taken --------------------------
+
+TOKEN_TIME = 30             # seconds for a whole exchange with a token server
+ADDRESS_TIME = 5            # of these for one of several addresses
+ANSWER_SIZE = 65536         # bytes of its answer
+MARGIN = 600                # seconds; some servers refuse a token with less
+LOCK_TIME = 45              # seconds: another process's renewal is over then
+IDLE_TIME = 7 * 86400       # seconds; unused sign-ins end, soonest in weeks
+IDLE_RETRY = 3600           # seconds until that is tried again
+DAY = 86400
+CLOCK_IS_SET = 1735689600   # 2025: many routers begin in 1970 at each start
+
+# Of a form: what no message may repeat.
+FORM_SECRETS = ('client_secret', 'refresh_token', 'device_code', 'code',
+                'code_verifier')
+DENIALS = {                 # RFC 6749 5.2, 8628 3.5, and Microsoft's own
+    'invalid_grant': 'the sign-in has ended or was withdrawn',
+    'invalid_client': 'oauthclientid or oauthclientsecret is wrong or has '
+                      'expired',
+    'unauthorized_client': 'the app registration does not allow this',
+    'unsupported_grant_type': 'the provider has no such oauthflow',
+    'invalid_scope': 'oauthscope is refused',
+    'interaction_required': 'the provider wants to see you again',
+    'consent_required': 'consent is missing',
+    'access_denied': 'it was declined',
+    'authorization_declined': 'it was declined',
+    'expired_token': 'the time for it is over'}
+
+
+class TokenServerAway(Trouble):
+    """There is no token for now; that passes by itself. wait: seconds until
+    the token server wants to be asked again."""
+
+    wait = 0
+
+
+class SignInNeeded(Trouble):
+    """There is no token until a person acts. reason: why, a str."""
+
+    reason = ''
+
+
+class TokenDenied(Exception):
+    """The token server said no. error: its word for it; str(): for the
+    owner, without secrets."""
+
+    def __init__(self, error, words=''):
+        meaning = DENIALS.get(error, 'the provider refuses')
+        super().__init__('%s (%s)' % (meaning, ': '.join(
+            filter(None, (plain(error)[:80], plain(words))))))
+        self.error = error
+
+
+def xoauth2(account, token):
+    """The initial response of AUTH XOAUTH2, not yet in base64."""
+    return 'user=%s\1auth=Bearer %s\1\1' % (account.smtpusername, token)
+
+
+def oauthbearer(account, token):
+    """The same of OAUTHBEARER, RFC 7628 3.1."""
+    user = account.smtpusername.replace('=', '=3D').replace(',', '=2C')
+    return 'n,a=%s,\1host=%s\1port=%d\1auth=Bearer %s\1\1' % (
+        user, account.smtphost, account.smtpport, token)
+
+
+# The token server.
+
+def connect_in_turn(address, end):
+    """A socket that is connected before the time end. Each address of the
+    name gets some seconds, first one of each family: an IPv6 that leads
+    nowhere costs no minute. Raises OSError."""
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    first = {one[0]: one for one in reversed(found)}.values()
+    found.sort(key=lambda one: one not in first)
+    limit = ADDRESS_TIME if len(found) > 1 else TOKEN_TIME
+    trouble = OSError('no address')
+    for family, kind, protocol, _, where in found:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise socket.timeout('timed out')
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:        # a box without IPv6
+            trouble = error
+            continue
+        try:
+            sock.settimeout(min(left, limit))
+            sock.connect(where)
+            sock.settimeout(TOKEN_TIME)
+            return sock
+        except OSError as error:
+            sock.close()
+            trouble = error
+    raise trouble
+
+
+def proxy_for(host):
+    """(name, port, authorization or '') of the HTTPS_PROXY for this host, or
+    None. Raises ValueError."""
+    if not any(name.lower().endswith('_proxy') for name in os.environ):
+        return None                     # urllib.request is large
+    from urllib.parse import unquote, urlsplit
+    from urllib.request import getproxies, proxy_bypass
+    proxy = getproxies().get('https')
+    if not proxy or proxy_bypass(host):
+        return None
+    parts = urlsplit(proxy if '//' in proxy else '//' + proxy)
+    try:
+        port = parts.port or 80
+    except ValueError:
+        port = 0
+    if not parts.hostname or not port:
+        raise ValueError('HTTPS_PROXY is no address of a proxy')
+    login = '%s:%s' % (unquote(parts.username or ''),
+                       unquote(parts.password or ''))
+    return parts.hostname, port, parts.username and 'Basic ' + encoded64(login)
+
+
+class Exchange:
+    """One POST to a token server. It ends within TOKEN_TIME, whatever the
+    server does: a socket's own timeout is for each piece only, and one that
+    trickles would hold us for ever."""
+
+    def __init__(self, account, url):
+        from urllib.parse import urlsplit
+        self.account, self.url = account, urlsplit(url)
+        self.host = self.url.hostname
+        self.end = time.monotonic() + TOKEN_TIME
+        self.timer = self.twin = None   # cuts the connection, by this socket
+
+    def post(self, form):
+        """(status, headers, body). Raises OSError, HTTPException, and
+        ImportError or LookupError for what the box lacks."""
+        from urllib.parse import urlencode
+        target = (self.url.path or '/') + (
+            self.url.query and '?' + self.url.query)
+        connection = self._connection()
+        connection._create_connection = self._connect
+        try:
+            connection.request('POST', target, urlencode(form), {
+                'Content-Type': 'application/x-www-form-urlencoded',
+                'Accept': 'application/json', 'Connection': 'close',
+                'User-Agent': 'smtpproxy/' + VERSION})
+            with connection.getresponse() as response:
+                return (response.status, response.headers,
+                        response.read(ANSWER_SIZE + 1))
+        finally:
+            self._disarm()
+            connection.close()
+
+    def _connection(self):
+        """Not connected yet. http.client follows no redirects."""
+        from http.client import HTTPConnection, HTTPSConnection
+        port = self.url.port
+        if self.url.scheme == 'http':   # it stays on this box
+            return HTTPConnection(self.host, port or 80)
+        tls = tls_context(self.account.tlscafile, True, False)
+        proxy = proxy_for(self.host)
+        if proxy is None:
+            return HTTPSConnection(self.host, port or 443, context=tls)
+        connection = HTTPSConnection(*proxy[:2], context=tls)
+        connection.set_tunnel(self.host, port or 443, {
+            'Proxy-Authorization': proxy[2]} if proxy[2] else {})
+        return connection
+
+    def _connect(self, address, *_):
+        sock = connect_in_turn(address, self.end)
+        self.twin = sock.dup()          # sock itself goes to the TLS layer
+        self.timer = threading.Timer(
+            max(0, self.end - time.monotonic()), self._cut)
+        self.timer.name, self.timer.daemon = 'token-deadline', True
+        self.timer.start()
+        return sock
+
+    def _cut(self):
+        with contextlib.suppress(OSError):      # it is closed already
+            self.twin.shutdown(socket.SHUT_RDWR)
+
+    def _disarm(self):
+        if self.timer:
+            self.timer.cancel()
+            self.twin.close()
+
+    def explain(self, error):
+        """What a failed post() means to the owner (str)."""
+        ssl = sys.modules.get('ssl')
+        if time.monotonic() >= self.end or isinstance(error, socket.timeout):
+            return '%s does not answer in time' % self.host
+        if ssl and isinstance(error, ssl.SSLError) and getattr(
+                error, 'verify_code', 62) in (62, 64):      # another's name
+            return 'no TLS with %s: %s' % (self.host, getattr(
+                error, 'verify_message', '') or error.reason or error)
+        return explain(error, self.host)
+
+
+def ask_token_server(account, url, form, wanted='access_token'):
+    """Its answer to a form: a dict with what is wanted. Raises
+    TokenServerAway, or TokenDenied if it said no."""
+    from http.client import HTTPException
+    form = {key: value for key, value in form.items() if value}
+    exchange = Exchange(account, url)
+    try:
+        status, headers, body = exchange.post(form)
+    except (OSError, HTTPException, ImportError, LookupError, ValueError,
+            RuntimeError) as error:     # RuntimeError: no thread to be had
+        away = TokenServerAway('token server: ' + exchange.explain(error))
+        away.absent = is_absence(error)
+        raise away from error
+    answer = parsed(body) if len(body) <= ANSWER_SIZE else {}
+    error = answer.get('error')
+    if status == 429 or status >= 500 or error in (
+            'temporarily_unavailable', 'server_error'):
+        away = TokenServerAway('token server: %s has no time: %s' % (
+            exchange.host, error or status))
+        away.wait = retry_after(headers)
+        raise away
+    if error and isinstance(error, str) and not 300 <= status < 400:
+        raise TokenDenied(veiled(error, form), veiled(
+            first_line(answer.get('error_description')), form))
+    if 300 <= status < 400 or not is_token(answer.get(wanted)):
+        raise TokenServerAway(
+            'token server: %s answered %d, but nothing that we understand; '
+            'is there a login page between it and this box, or is its '
+            'address wrong?' % (exchange.host, status))
+    return answer
+
+
+def parsed(body):
+    """The JSON object in it, {} if there is none."""
+    import json
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def is_token(value):
+    return isinstance(value, str) and re.fullmatch('[!-~]+', value) is not None
+
+
+def first_line(text):
+    """Microsoft's further lines are numbers for its support."""
+    return text.strip().partition('\n')[0] if isinstance(text, str) else ''
+
+
+def veiled(text, form):
+    """A server's words, which may repeat what it was told."""
+    from urllib.parse import quote
+    for key in FORM_SECRETS:
+        for secret in form.get(key, ''), quote(form.get(key, ''), safe=''):
+            if len(secret) >= 4:
+                text = text.replace(secret, '***')
+    return text
+
+
+def retry_after(headers):
+    """Seconds; at most a day (RFC 9110 10.2.3)."""
+    from email.utils import parsedate_to_datetime
+    value = headers.get('Retry-After', '').strip()
+    try:
+        seconds = int(value) if value.isdigit() else (
+            parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0
+    return min(max(0, seconds), DAY)
+
+
+def seconds_in(value, default):
+    """A number of seconds from JSON, where it may be a string."""
+    try:
+        return min(max(0, int(value)), 10 * 365 * DAY)
+    except (TypeError, ValueError, OverflowError):
+        return default
+
+
+def client_form(account, **more):
+    """What each form holds; the secret only if there is one: a public client
+    must not send one."""
+    return dict(client_id=account.oauthclientid,
+                client_secret=account.oauthclientsecret, **more)
+
+
+# A sign-in on disk and in memory.
+
+class Tokens(NamedTuple):
+    """What the token server gave us. Times are the box's clock in whole
+    seconds: the end of access, the last answer, the sign-in of a person."""
+    access: str
+    refresh: str
+    expires: int
+    renewed: int
+    signed_in: int
+
+    @classmethod
+    def of(cls, answer, old, now):
+        """From a token server's answer; what it does not name stays."""
+        refresh = answer.get('refresh_token')
+        return cls(answer['access_token'],
+                   refresh if is_token(refresh) else old and old.refresh or '',
+                   int(now) + seconds_in(answer.get('expires_in'), 3600),
+                   int(now), old.signed_in if old else int(now))
+
+
+class TokenFile:
+    """A sign-in on disk, and its lock. It is replaced as a whole:
+
+      files             made by          a crash there costs
+      ------------------------------------------------------------------
+      NAME.json.new     write            nothing: NAME.json counts
+      NAME.json         the rename       nothing; before the folder's sync
+                                         perhaps the new tokens
+
+    NAME.lock keeps processes apart and is never removed, since another one
+    may have it open. key: Account.sign_in."""
+
+    complained = set()      # folders that have no locks, said already
+
+    def __init__(self, folder, key):
+        self.folder, self.key = folder, key
+        name = '%s-%08x' % (re.sub(r'[^a-z0-9.@_+-]', '-', key[0])[:80],
+                            zlib.crc32('\n'.join(key).encode()))
+        self.path = os.path.join(folder, name + '.json')
+        self.new = self.path + '.new'
+        self.lock = os.path.join(folder, name + '.lock')
+
+    def mark(self):
+        """What changes whenever the file does; None: there is no file.
+        Raises OSError if the whole folder is away."""
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            os.stat(self.folder)
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def read(self):
+        """Its Tokens. Raises OSError, or ValueError if it is damaged or not
+        ours."""
+        with open(os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW
+                          | os.O_NONBLOCK), 'rb') as file:
+            if not os.path.isfile(file.fileno()):
+                raise ValueError('it is no file')
+            found = parsed(file.read(4 * ANSWER_SIZE))
+        if found.get('for') != list(self.key):
+            raise ValueError('it is damaged, or of another sign-in')
+        try:
+            tokens = Tokens(**found['tokens'])
+        except (KeyError, TypeError):
+            raise ValueError('it is damaged')
+        if [type(value) for value in tokens] != [str, str, int, int, int]:
+            raise ValueError('it is damaged')
+        return tokens
+
+    def write(self, tokens):
+        """Replaces the file; returns its mark. It lasts when this returns.
+        Raises OSError, then the old one is there."""
+        import json
+        text = json.dumps({'for': self.key, 'tokens': tokens._asdict()},
+                          indent=1)
+        Spool.make_folder(self.folder)
+        self._remove(self.new)
+        try:
+            with open(os.open(self.new, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                              | os.O_NOFOLLOW, 0o600), 'wb') as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(self.new, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._remove(self.new)
+            raise
+        self._sync()
+        return self.mark()
+
+    def remove(self):
+        """Raises OSError."""
+        self._remove(self.path)
+        self._remove(self.new)
+        if os.path.isdir(self.folder):
+            self._sync()
+
+    @staticmethod
+    def _remove(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def _sync(self):
+        try:
+            sync_folder(self.folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise                   # those can't sync folders (CIFS)
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Inside it no other process changes the file. Raises
+        TokenServerAway if one holds the lock for too long."""
+        lock = self._take_lock()
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def _take_lock(self):
+        import fcntl
+        lock, end = None, time.monotonic() + LOCK_TIME
+        try:
+            Spool.make_folder(self.folder)
+            lock = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW,
+                           0o600)
+            while not self._got(fcntl, lock):
+                if time.monotonic() > end:
+                    os.close(lock)
+                    raise TokenServerAway(
+                        'another process renews the sign-in %s and does not '
+                        'end' % self.path)
+                time.sleep(0.02)
+        except OSError as error:
+            if lock is not None:
+                os.close(lock)
+            self._go_without(error)
+            return None
+        return lock
+
+    @staticmethod
+    def _got(fcntl, lock):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+
+    def _go_without(self, error):
+        if self.folder not in self.complained:
+            self.complained.add(self.folder)
+            log.warning('%s: sign-ins are renewed without a lock: %s; do not '
+                        'run two programs on it', self.folder, error)
+
+
+class State(NamedTuple):
+    """Of a sign-in. name: 'signed in', 'not signed in', 'away' (no token for
+    now) or 'needed' (a person is); text: for the owner."""
+    name: str
+    text: str
+
+
+class SignIn:
+    """One sign-in: whoever needs a token for an account asks here. All
+    accounts that agree in Account.sign_in share one.
+
+    Any thread may ask. The one that has the lock renewing talks to the token
+    server, the others wait and take what it got, token or failure; the lock
+    guards all names with an underscore. state() and retry() take no part in
+    that: they read, or set, one name in one step. Other processes are kept
+    out by the lock file; what they stored is read before anything is asked.
+
+    Nothing here deletes a sign-in but forget()."""
+
+    def __init__(self, folder, section, account, clock=time.monotonic,
+                 wall=time.time):
+        self.section, self.account = section, account
+        self.clock, self.wall = clock, wall
+        self.file = TokenFile(folder, account.sign_in)
+        self.renewing = threading.Lock()
+        self._tokens, self._problem = None, ''
+        self._mark = ''             # of the file as we know it; '': unknown
+        self._came = self._away_at = float('-inf')  # clock(): access token
+        self._known = clock()       # since when _tokens are in memory
+        self._until = None          # clock() when it ends, if we fetched it
+        self._unsaved = False       # the disk has refused _tokens
+        self._dead = ''             # why a person is needed
+        self._said = 0              # clock() when that was logged
+        self._away = None           # the last TokenServerAway, came _away_at
+        self._away_until = 0
+        self._idle_at = 0           # no idle renewal before
+
+    # For those who need a token.
+
+    def access_token(self, refused=None):
+        """A token to log in with. refused: the one that the server has just
+        refused; then another one, renewed unless somebody did already. Raises
+        TokenServerAway or SignInNeeded."""
+        asked = self.clock()
+        with self.renewing:
+            self._look()
+            if self._dead:
+                raise self._needed()
+            if not self._is_good(refused, asked):
+                self._spare_the_server(asked)
+                self._renew(refused, asked)
+            return self._tokens.access
+
+    def retry(self):
+        """The owner wants another try: of a dead sign-in as well."""
+        self._dead = ''
+        self._away_until = 0
+
+    def state(self):
+        """The State of it."""
+        if self.renewing.acquire(blocking=False):
+            try:
+                self._look()
+            finally:
+                self.renewing.release()
+        tokens, dead = self._tokens, self._dead
+        if not tokens and self.account.oauthflow != 'app':
+            return State('not signed in', '%s: %s' % (
+                self._problem or 'not signed in', self.command))
+        if dead:
+            return State('needed', '%s: %s' % (dead, self.command))
+        if self._away:
+            return State('away', str(self._away))
+        if not tokens:
+            return State('signed in', self._problem
+                         or 'the app signs in by itself when needed')
+        return State('signed in', 'signed in since %s, renewed %s' % (
+            shown(tokens.signed_in), shown(tokens.renewed)))
+
+    @property
+    def command(self):
+        """What the owner has to type."""
+        import shlex
+        return '--login ' + shlex.quote(self.section)
+
+    # For the relay's round.
+
+    def renew_if_idle(self):
+        """Sees a new file, stores what the disk has refused, renews what was
+        not used for a week, reminds the owner daily. Returns at once: what
+        takes time is done by a thread."""
+        if not self.renewing.acquire(blocking=False):
+            return                      # it is at work
+        try:
+            self._look()
+            now = self.clock()
+            if self._dead and self._said and now - self._said >= DAY:
+                self._log_dead()
+            due = self._unsaved or self._is_idle() and now >= self._idle_at
+        finally:
+            self.renewing.release()
+        if due:
+            with contextlib.suppress(RuntimeError):     # next time, then
+                threading.Thread(target=self._catch_up, daemon=True,
+                                 name='sign-in-' + self.section).start()
+
+    def _catch_up(self):
+        with self.renewing:
+            try:
+                if self._unsaved:
+                    with self.file.locked():
+                        if not self._look():
+                            self._save(self._tokens)
+                if self._is_idle() and not self._dead:
+                    self._idle_at = self.clock() + IDLE_RETRY
+                    self._renew(None, self.clock())
+            except TokenServerAway as away:
+                log.warning('sign-in of [%s]: not renewed: %s; next try in '
+                            '%d seconds', self.section, away, IDLE_RETRY)
+            except SignInNeeded:
+                pass                    # the log says so
+
+    def _is_idle(self):
+        """Has it not been used for a week? By either clock."""
+        if not self._tokens or not self._tokens.refresh:
+            return False
+        now, idle = self.wall(), self.clock() - self._known
+        if CLOCK_IS_SET <= self._tokens.renewed:
+            idle = max(idle, now - self._tokens.renewed)
+        return idle >= IDLE_TIME
+
+    # For --login and --logout.
+
+    def store(self, answer):
+        """Keeps what a person's sign-in brought. Raises OSError, then the old
+        one is there as before, or TokenServerAway (the lock)."""
+        with self.renewing, self.file.locked():
+            self._tokens = Tokens.of(answer, None, self.wall())
+            self._mark = self.file.write(self._tokens)
+            self._count_from_now(answer)
+
+    def forget(self):
+        """Returns whether there was one. Raises OSError, TokenServerAway."""
+        if not os.path.isdir(self.file.folder):
+            return False
+        with self.renewing, self.file.locked():
+            there = self.file.mark() is not None
+            self.file.remove()
+            return there
+
+    # With the lock.
+
+    def _look(self):
+        """Reads the file if it is not what we know; returns whether. That
+        brings a dead sign-in back to life."""
+        try:
+            mark = self.file.mark()
+        except OSError:
+            if self._tokens:
+                return False            # a disk is away: not the sign-in
+            mark = None
+        if mark == self._mark:
+            return False
+        self._mark, self._tokens, self._problem = mark, None, ''
+        try:
+            self._tokens = self.file.read() if mark else None
+        except (OSError, ValueError) as error:
+            self._problem = '%s cannot be read: %s' % (
+                self.file.path, getattr(error, 'strerror', None) or error)
+        self._until, self._unsaved, self._known = None, False, self.clock()
+        self._away = None
+        self.retry()
+        return True
+
+    def _is_good(self, refused, asked):
+        """May the token be used that we have? One that has come since asked
+        may, however short its life is."""
+        if not self._tokens or self._tokens.access in ('', refused):
+            return False
+        need = MARGIN if refused is None else 1
+        return self._came >= asked or self._left() >= need
+
+    def _left(self):
+        """Seconds that the token is good, by both clocks."""
+        tokens, now, left = self._tokens, self.wall(), []
+        if CLOCK_IS_SET <= tokens.renewed <= now:
+            left.append(tokens.expires - now)
+        if self._until is not None:
+            left.append(self._until - self.clock())
+        return min(left, default=0)
+
+    def _spare_the_server(self, asked):
+        """Who waited for a failure has it, too."""
+        if self._away and (self._away_at >= asked
+                           or self.clock() < self._away_until):
+            away = TokenServerAway(str(self._away))
+            away.absent = self._away.absent
+            away.wait = max(0, self._away_until - self.clock())
+            raise away
+
+    def _renew(self, refused, asked):
+        try:
+            with self.file.locked():
+                if self._look():        # another process was faster
+                    self._came = self.clock()
+                    if self._is_good(refused, asked):
+                        return
+                self._fetch(refused, asked)
+        except TokenServerAway as away:
+            self._away, self._away_at = away, self.clock()
+            self._away_until = self.clock() + away.wait
+            raise
+
+    def _fetch(self, refused, asked):
+        """One request."""
+        tokens, account = self._tokens, self.account
+        if account.oauthflow == 'app':
+            form = app_form(account)
+        elif tokens and tokens.refresh:
+            form = client_form(
+                account, grant_type='refresh_token', scope=account.oauthscope,
+                refresh_token=tokens.refresh)
+        else:
+            self._die(self._problem or (
+                'it came without a refresh token and has run out'
+                if tokens else 'not signed in'))
+        try:
+            answer = ask_token_server(account, account.oauthtokenurl, form)
+        except TokenDenied as denied:
+            if self._look():            # no lock: another one was faster
+                self._came = self.clock()
+                if not self._is_good(refused, asked):
+                    self._fetch(refused, asked)
+                return
+            self._die(self._why(denied))
+        self._count_from_now(answer)
+        self._save(Tokens.of(answer, tokens, self.wall()))
+        log.info('sign-in of [%s]: renewed, good for %d seconds',
+                 self.section, self._until - self.clock())
+
+    def _count_from_now(self, answer):
+        now = self.clock()
+        self._came, self._known = now, now
+        self._until = now + seconds_in(answer.get('expires_in'), 3600)
+        self._away = None
+
+    def _save(self, tokens):
+        """On disk before anybody uses it; if that can't be, in memory."""
+        again, self._tokens = tokens is self._tokens, tokens
+        if self._problem:
+            return                      # what is there is not ours
+        try:
+            self._mark, self._unsaved = self.file.write(tokens), False
+        except OSError as error:
+            if not again:
+                log.error('sign-in of [%s]: the new one cannot be stored in '
+                          '%s: %s; it is kept in memory until it can. If the '
+                          'program ends before that: %s', self.section,
+                          self.file.path, error.strerror, self.command)
+            self._unsaved = True
+
+    def _why(self, denied):
+        """A denial for the owner, with the trap that is known."""
+        age = self.wall() - self._tokens.signed_in if self._tokens else 0
+        if self.account.oauth == 'google' and 6.5 <= age / DAY <= 7.5:
+            return ('%s; after seven days: is the app still in Testing? '
+                    'publish it (In production)' % denied)
+        return str(denied)
+
+    def _die(self, why):
+        """No more requests until the file changes, or retry()."""
+        self._dead = why
+        self._log_dead()
+        raise self._needed()
+
+    def _log_dead(self):
+        self._said = self.clock()
+        log.error('sign-in of [%s]: a person is needed: %s; its mail waits. '
+                  'To sign in: %s', self.section, self._dead, self.command)
+
+    def _needed(self):
+        needed = SignInNeeded('no sign-in for [%s]: %s: %s' % (
+            self.section, self._dead, self.command))
+        needed.reason = self._dead
+        return needed
+
+
+class SignIns:
+    """All sign-ins of an ini. They outlive a reload, since one may be in
+    memory only."""
+
+    def __init__(self, settings, clock=time.monotonic, wall=time.time):
+        self.clocks, self._all = (clock, wall), {}
+        self.reload(settings)
+
+    def reload(self, settings):
+        """New settings; dead sign-ins are tried again."""
+        for key, section in settings.sign_ins.items():
+            account = settings.accounts[section]
+            folder, known = settings.config.tokendir, self._all.get(key)
+            if known is None or known.file.folder != folder:
+                known = self._all[key] = SignIn(folder, section, account,
+                                                *self.clocks)
+            known.section, known.account = section, account
+            known.retry()
+        self._present = list(settings.sign_ins)
+
+    def of(self, account):
+        """The SignIn of an account with oauth."""
+        return self._all[account.sign_in]
+
+    def __iter__(self):
+        return (self._all[key] for key in self._present)
+
+    def renew_idle(self):
+        """For the relay's round."""
+        for sign_in in self:
+            sign_in.renew_if_idle()
+
+    def finish(self, seconds):
+        """Waits until no renewal is under way: its answer is to be stored."""
+        end = time.monotonic() + seconds
+        for sign_in in self:
+            if sign_in.renewing.acquire(timeout=max(
+                    0, end - time.monotonic())):
+                sign_in.renewing.release()
+
+
+def shown(second):
+    """A time of the box's clock."""
+    return time.strftime('%Y-%m-%d %H:%M', time.localtime(second))
+
+
+# How a person signs in. Each flow returns the token server's answer, and
+# raises TokenServerAway, or TokenDenied with the provider's reason.
+
+PROGRESS = 30               # seconds between two lines while we wait
+BROWSER_TIME = 900          # seconds to sign in there
+POLL_TIME = 5               # seconds; RFC 8628 3.5
+SLOWEST_POLL = 60
+PAGE = ('<!DOCTYPE html><meta charset="utf-8"><title>smtpproxy</title>'
+        '<p>%s</p>\n')
+
+
+class Countdown:
+    """Says now and then what we wait for, and how long still."""
+
+    def __init__(self, what, seconds, clock=time.monotonic):
+        self.what, self.clock = what, clock
+        self.end, self.next = clock() + seconds, clock()
+
+    def left(self):
+        """Seconds."""
+        left = self.end - self.clock()
+        if left > 0 and self.clock() >= self.next:
+            self.next = self.clock() + PROGRESS
+            print('%s, %d:%02d minutes left (Ctrl-C gives up)' % (
+                (self.what,) + divmod(int(left), 60)), flush=True)
+        return left
+
+
+def app_form(account):
+    return client_form(account, grant_type='client_credentials',
+                       scope=account.oauthscope)
+
+
+def sign_in_by_app(account):
+    """Client credentials: nobody needs to do anything."""
+    return ask_token_server(account, account.oauthtokenurl, app_form(account))
+
+
+def sign_in_by_device(account, clock=time.monotonic, pause=time.sleep):
+    """RFC 8628: a code is typed in any browser of the world."""
+    start = ask_token_server(account, account.oauthdeviceurl, client_form(
+        account, scope=account.oauthscope, login_hint=account.smtpusername),
+        'device_code')
+    print('Open in any browser:   %s\nand type the code:     %s' % (
+        plain(str(start.get('verification_uri')
+                  or start.get('verification_url'))),
+        plain(str(start.get('user_code')))), flush=True)
+    form = client_form(
+        account, device_code=start['device_code'],
+        grant_type='urn:ietf:params:oauth:grant-type:device_code')
+    countdown = Countdown('Waiting until you have signed in there',
+                          seconds_in(start.get('expires_in'), 900), clock)
+    interval = wait = seconds_in(start.get('interval'), POLL_TIME) or POLL_TIME
+    while countdown.left() > 0:
+        pause(wait)
+        try:
+            return ask_token_server(account, account.oauthtokenurl, form)
+        except TokenServerAway as away:
+            wait = max(interval, away.wait, min(2 * wait, SLOWEST_POLL))
+        except TokenDenied as denied:
+            if denied.error == 'slow_down':
+                interval += 5           # RFC 8628 3.5: for good
+            elif denied.error != 'authorization_pending':
+                raise
+            wait = interval
+    raise TokenDenied('expired_token')
+
+
+class BrowserLogin:
+    """The authorization code flow with PKCE (RFC 7636, 8252): a browser on
+    this box comes back to us, or the owner pastes where it ended. stdin: a
+    descriptor or None."""
+
+    def __init__(self, account, stdin=None):
+        import secrets
+        self.account, self.stdin = account, stdin
+        self.state = secrets.token_urlsafe(24)
+        self.verifier = secrets.token_urlsafe(48)
+        self.listeners, self.visits, self.typed = [], {}, b''
+
+    def run(self):
+        """The token server's answer."""
+        try:
+            self._listen()
+            print('Open this address in a browser:\n\n%s\n\nIf the browser '
+                  'then shows an error page, since it is not on this box: '
+                  'copy the address of that page and paste it here.\n'
+                  % self._address(), flush=True)
+            code = self._wait()
+        finally:
+            for sock in self.listeners + list(self.visits):
+                sock.close()
+        return ask_token_server(
+            self.account, self.account.oauthtokenurl, client_form(
+                self.account, grant_type='authorization_code', code=code,
+                redirect_uri=self.redirect, code_verifier=self.verifier))
+
+    def _listen(self):
+        """On loopback only. Microsoft knows this box as localhost, which may
+        be ::1 to a browser."""
+        localhost = self.account.oauth == 'microsoft'
+        try:
+            self.listeners.append(socket.create_server(
+                ('127.0.0.1', self.account.oauthport)))
+        except OSError as error:
+            raise OSError(error.errno, 'port %d of 127.0.0.1 cannot be used: '
+                          '%s; set another oauthport'
+                          % (self.account.oauthport, error.strerror))
+        port = self.listeners[0].getsockname()[1]
+        if localhost:
+            with contextlib.suppress(OSError):      # a box without IPv6
+                self.listeners.append(socket.create_server(
+                    ('::1', port), family=socket.AF_INET6))
+        self.redirect = 'http://%s:%d%s' % (
+            ('localhost', port, '') if localhost else ('127.0.0.1', port, '/'))
+
+    def _address(self):
+        import hashlib
+        from urllib.parse import urlencode
+        account = self.account
+        digest = hashlib.sha256(self.verifier.encode()).digest()
+        query = {'response_type': 'code', 'client_id': account.oauthclientid,
+                 'redirect_uri': self.redirect, 'scope': account.oauthscope,
+                 'state': self.state, 'code_challenge_method': 'S256',
+                 'code_challenge': binascii.b2a_base64(
+                     digest, newline=False).decode().translate(
+                         {ord('+'): '-', ord('/'): '_', ord('='): None}),
+                 'login_hint': account.smtpusername}
+        if account.oauth == 'google':   # else no refresh token the next time
+            query.update(access_type='offline', prompt='consent')
+        url = account.oauthauthurl
+        return url + ('&' if '?' in url else '?') + urlencode(query)
+
+    def _wait(self):
+        """The authorization code."""
+        import select
+        countdown = Countdown('Waiting until you have signed in there',
+                              BROWSER_TIME)
+        code = None
+        while not code:
+            left = countdown.left()
+            if left <= 0:
+                raise TokenDenied('expired_token', 'nobody came back')
+            ends = self.listeners + list(self.visits)
+            if self.stdin is not None:
+                ends.append(self.stdin)
+            for end in select.select(ends, [], [], min(left, PROGRESS))[0]:
+                code = code or self._serve(end)
+        return code
+
+    def _serve(self, end):
+        """What came: a code, or None."""
+        if end == self.stdin:
+            return self._read_typed()
+        if end in self.listeners:
+            visit, _ = end.accept()
+            visit.settimeout(5)
+            self.visits[visit] = b''
+            return None
+        return self._read_visit(end)
+
+    def _read_typed(self):
+        data = os.read(self.stdin, 65536)
+        if not data:
+            self.stdin = None           # its end cancels nothing
+        *lines, self.typed = (self.typed + data).split(b'\n')
+        if not data:
+            lines.append(self.typed)
+        for line in lines:
+            text = line.decode('utf-8', 'replace').strip(' \t\r\'"<>')
+            if not text:
+                continue
+            query = text.partition('#')[0].rpartition('?')[2]
+            code = self._code_of(query, query.startswith('code=')
+                                 and '?' not in text)
+            if code:
+                return code
+            print('This is not the address that belongs to this sign-in: it '
+                  'begins with %s and holds code= and state='
+                  % self.redirect, flush=True)
+        return None
+
+    def _read_visit(self, visit):
+        try:
+            data = visit.recv(65536)
+        except OSError:
+            data = b''                  # it has gone
+        self.visits[visit] += data
+        head = self.visits[visit]
+        if data and b'\r\n\r\n' not in head and len(head) <= ANSWER_SIZE:
+            return None
+        del self.visits[visit]
+        with visit:
+            return self._hear(visit, head.partition(b'\r\n')[0])
+
+    def _hear(self, visit, line):
+        """A browser asks; others too, and it for an icon."""
+        method, _, target = line.decode('latin-1').partition(' ')
+        is_ours = True
+        try:
+            code = None
+            if method == 'GET':
+                code = self._code_of(
+                    target.rpartition(' ')[0].partition('?')[2])
+            is_ours = code is not None
+            return code
+        finally:
+            with contextlib.suppress(OSError):
+                self._answer(visit, is_ours)
+
+    @staticmethod
+    def _answer(visit, is_ours):
+        page = PAGE % ('Thank you. You may close this window: it goes on '
+                       'where you called smtpproxy.' if is_ours else
+                       'Nothing here.')
+        visit.sendall(('HTTP/1.1 %s\r\nContent-Type: text/html\r\n'
+                       'Content-Length: %d\r\nCache-Control: no-store\r\n'
+                       'Connection: close\r\n\r\n%s' % (
+                           '200 OK' if is_ours else '404 Not Found',
+                           len(page), page)).encode())
+
+    def _code_of(self, query, without_state=False):
+        """The code in an address's query, None if it is not for us. Raises
+        TokenDenied if the provider said no."""
+        import hmac
+        from urllib.parse import parse_qsl
+        fields = dict(parse_qsl(query))
+        if not (without_state and 'state' not in fields
+                or hmac.compare_digest(fields.get('state', '').encode(),
+                                       self.state.encode())):
+            return None
+        if 'error' in fields:
+            raise TokenDenied(fields['error'], first_line(
+                fields.get('error_description')))
+        return fields.get('code')
+
+
+def sign_in_by_browser(account):
+    try:
+        stdin = sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):
+        stdin = None                    # there is none
+    return BrowserLogin(account, stdin).run()
+
+
+FLOWS = {'device': sign_in_by_device, 'browser': sign_in_by_browser,
+         'app': sign_in_by_app}
+
+
+# --- Courier: one account's way out -----------------------------------------
 
 class Replies:
     """A server's lines, bounded in time and size: takes the place of the
@@ -3146,6 +4173,8 @@ class Proxy:
             return
         folder, file = self.settings.config.msgdir, self.settings.logging.file
         try:
+            if self.settings.sign_ins:
+                hand_over_tokens(self.settings.config.tokendir, uid, gid)
             os.makedirs(folder, 0o700, exist_ok=True)
             if not os.path.exists(file):
                 os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
@@ -3226,6 +4255,39 @@ def glob_below(folder, file):
         glob.glob(glob.escape(file) + '.*'))
 
 
+def hand_over_tokens(folder, uid, gid):
+    """As root: the folder of sign-ins, made if need be, goes to the user who
+    needs it. One that another user has is left to that one. Raises OSError.
+    """
+    os.makedirs(folder, 0o700, exist_ok=True)
+    if os.lstat(folder).st_uid == 0:    # so nobody else could put links there
+        for path in [os.path.join(folder, name)
+                     for name in os.listdir(folder)] + [folder]:
+            os.chown(path, -1 if uid is None else uid,
+                     -1 if gid is None else gid, follow_symlinks=False)
+
+
+def become_owner(config):
+    """As root, for a command that may touch sign-ins: become the user who
+    needs them. Raises OSError."""
+    if os.getuid() != 0:
+        return
+    uid, gid, name = identity(config)
+    for folder in config.tokendir, config.msgdir:
+        if uid is None and os.path.isdir(folder):
+            owner = os.stat(folder)
+            uid, gid = owner.st_uid, owner.st_gid
+    if uid is None:
+        return                          # nobody has been here before
+    hand_over_tokens(config.tokendir, uid, gid)
+    if name:
+        os.initgroups(name, gid)
+    else:
+        os.setgroups([])
+    os.setgid(gid)
+    os.setuid(uid)
+
+
 def listener_tls(config):
     """The ssl.SSLContext for clients. Raises StartError."""
     try:
@@ -3270,12 +4332,26 @@ def check(settings, options):
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
         print('handler %s is enabled' % name)
-    for line in settings.warnings + handlers.problems:
+    for line in settings.warnings + handlers.problems + show_sign_ins(
+            settings):
         print('warning: ' + line)
     for line in problems:
         say(line)
     print('this would start' if not problems else 'this would not start')
     return 1 if problems else 0
+
+
+def show_sign_ins(settings):
+    """Prints the state of each; returns what is to be done, a list of str.
+    """
+    warnings = []
+    for sign_in in SignIns(settings):
+        state, text = sign_in.state()
+        if state == 'signed in':
+            print('[%s] %s' % (sign_in.section, text))
+        else:
+            warnings.append('[%s] %s' % (sign_in.section, text))
+    return warnings
 
 
 def mails(spool):
@@ -3369,6 +4445,117 @@ def ask_service(spool, id, what, sleeptime):
             return 0
         time.sleep(0.05)
     print('deleted' if what == 'delete' else 'the service tries it now')
+    return 0
+
+
+def login(settings, options):
+    """--login ADDRESS: signs in by OAuth2. What was there stays until the new
+    sign-in is stored."""
+    sign_in = sign_in_of(settings, options.login)
+    if sign_in is None:
+        return 1
+    account, folder = sign_in.account, sign_in.file.folder
+    try:
+        Spool.make_folder(folder)
+    except OSError:
+        pass                            # said in the next line
+    if not os.access(folder, os.W_OK | os.X_OK):
+        say('%s cannot be written by user %d: run this as root, or as the '
+            'user of the service' % (folder, os.getuid()))
+        return 1
+    print('Signing in at %s as %s.' % (
+        account.oauth if account.oauth != 'other' else
+        account.oauthtokenurl, account.smtpusername), flush=True)
+    try:
+        answer = FLOWS[account.oauthflow](account)
+        sign_in.store(answer)
+    except (TokenServerAway, TokenDenied) as error:
+        say('not signed in: %s; what was stored before is as it was' % error)
+        return 1
+    tell_stored(settings, sign_in, answer)
+    taken = trial(settings, account)
+    retry_mails_of(settings, account)
+    return 0 if taken else 1
+
+
+def sign_in_of(settings, address):
+    """The SignIn of a sender or section, as the user who owns it; None after
+    a line that says why there is none."""
+    section = settings.section_for(address)
+    if section is None:
+        say('there is no account for %s in %s' % (address, settings.file))
+        return None
+    account = settings.accounts[section]
+    if not account.oauth:
+        say('[%s] has no oauth: it needs no sign-in' % section)
+        return None
+    become_owner(settings.config)
+    return SignIns(settings).of(account)
+
+
+def tell_stored(settings, sign_in, answer):
+    account = sign_in.account
+    print('Signed in; stored as %s.' % sign_in.file.path)
+    print('Mail of these sections goes out by it: ' + ', '.join(
+        name for name, other in settings.accounts.items()
+        if other.sign_in == account.sign_in))
+    if account.oauthflow != 'app' and not is_token(
+            answer.get('refresh_token')):
+        print('warning: it came without a refresh token and ends soon: '
+              'oauthscope may lack offline_access')
+    granted = answer.get('scope')
+    wanted = set(account.oauthscope.lower().split()) - {
+        'offline_access', 'openid', 'profile', 'email'}
+    if isinstance(granted, str) and wanted - set(granted.lower().split()):
+        print('warning: not all that was asked for was granted: %s'
+              % plain(granted))
+    if account.oauth == 'google':
+        print('If the app is still in "Testing" at Google, this ends after '
+              'seven days: publish it ("In production").')
+
+
+def trial(settings, account):
+    """Whether smtphost takes the login of an account. Says each step."""
+    return True
+
+
+def retry_mails_of(settings, account):
+    """Has the waiting mail tried that goes out by this sign-in, parked mail
+    too; by the service if it runs."""
+    spool = Spool(settings.config.msgdir)
+    found = [mail for mail in mails(spool) if (settings.account_for(
+        mail.frm) or Account()).sign_in == account.sign_in]
+    if not found:
+        return
+    try:
+        spool.open(patience=0)
+    except Busy:
+        for mail in found:
+            spool.ask(mail.id, 'retry')
+        print('The service is asked to try what waits: %d mails' % len(found))
+        return
+    for mail in found:
+        if mail.parked:
+            mail.parked = False
+            spool.save(mail)
+    spool.close()
+    print('The service does not run; when it starts it tries %d mails'
+          % len(found))
+
+
+def logout(settings, options):
+    """--logout ADDRESS: forgets a sign-in."""
+    sign_in = sign_in_of(settings, options.logout)
+    if sign_in is None:
+        return 1
+    try:
+        there = sign_in.forget()
+    except TokenServerAway as error:
+        say(str(error))
+        return 1
+    print('%s. The provider still knows it: you can withdraw it there, too.'
+          % ('forgotten: ' + sign_in.file.path) if there else
+          'there is no sign-in for [%s]' % sign_in.section)
     return 0
 
 
@@ -3560,6 +4747,8 @@ def parse(arguments):
     add = parser.add_mutually_exclusive_group().add_argument
     add('--check', action='store_true', help='look for mistakes, do not start')
     add('--demo', action='store_true', help='the whole trip of a mail, here')
+    add('--login', metavar='ADDRESS', help='sign in by OAuth2')
+    add('--logout', metavar='ADDRESS', help='forget a sign-in')
     add('--queue', action='store_true', help='what waits in msgs/')
     add('--retry', metavar='ID', help='try a mail, or all, now')
     add('--delete', metavar='ID', help='remove a mail')
@@ -3571,7 +4760,8 @@ def parse(arguments):
 
 
 COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
-            'show': show, 'handler_test': handler_test}
+            'show': show, 'handler_test': handler_test, 'login': login,
+            'logout': logout}
 
 
 def start_over():
@@ -3622,7 +4812,7 @@ def main(arguments):
             return demo(options)
         settings = load(options.config)
         for name, command in COMMANDS.items():
-            if getattr(options, name):
+            if getattr(options, name) not in (None, False):
                 return command(settings, options)
         return serve(settings)
     except FileNotFoundError as error:
