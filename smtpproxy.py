@@ -2040,10 +2040,13 @@ class Exchange:
             self.timer.cancel()
             self.twin.close()
 
+    def is_late(self):
+        return time.monotonic() >= self.end
+
     def explain(self, error):
         """What a failed post() means to the owner (str)."""
         ssl = sys.modules.get('ssl')
-        if time.monotonic() >= self.end or isinstance(error, socket.timeout):
+        if self.is_late() or isinstance(error, socket.timeout):
             return '%s does not answer in time' % self.host
         if ssl and isinstance(error, ssl.SSLError) and getattr(
                 error, 'verify_code', 62) in (62, 64):      # another's name
@@ -2066,6 +2069,8 @@ def ask_token_server(account, url, form, wanted='access_token'):
         away.absent = is_absence(error)
         raise away from error
     answer = parsed(body) if len(body) <= ANSWER_SIZE else {}
+    if not answer and exchange.is_late():
+        raise TokenServerAway('token server: ' + exchange.explain(None))
     error = answer.get('error')
     if status == 429 or status >= 500 or error in (
             'temporarily_unavailable', 'server_error'):
