@@ -2149,21 +2149,35 @@ def client_form(account, **more):
 
 class Tokens(NamedTuple):
     """What the token server gave us. Times are the box's clock in whole
-    seconds: the end of access, the last answer, the sign-in of a person."""
+    seconds: the end of access, the last answer, the sign-in of a person.
+    scope: what was granted, '' if it did not say."""
     access: str
     refresh: str
     expires: int
     renewed: int
     signed_in: int
+    scope: str
 
     @classmethod
     def of(cls, answer, old, now):
         """From a token server's answer; what it does not name stays."""
-        refresh = answer.get('refresh_token')
+        refresh, scope = answer.get('refresh_token'), answer.get('scope')
         return cls(answer['access_token'],
                    refresh if is_token(refresh) else old and old.refresh or '',
                    int(now) + seconds_in(answer.get('expires_in'), 3600),
-                   int(now), old.signed_in if old else int(now))
+                   int(now), old.signed_in if old else int(now),
+                   scope if isinstance(scope, str) else old and old.scope
+                   or '')
+
+
+def scope_to_renew(account, granted):
+    """Never more than was granted (RFC 6749 6). Microsoft and Google want to
+    hear again all that was asked for, offline_access too, which their answers
+    do not name."""
+    words = account.oauthscope.split()
+    if account.oauth == 'other':
+        words = [word for word in words if word in granted.split()]
+    return ' '.join(words) or account.oauthscope
 
 
 class TokenFile:
@@ -2212,7 +2226,8 @@ class TokenFile:
             tokens = Tokens(**found['tokens'])
         except (KeyError, TypeError):
             raise ValueError('it is damaged')
-        if [type(value) for value in tokens] != [str, str, int, int, int]:
+        if any(type(value) is not Tokens.__annotations__[name]
+               for name, value in tokens._asdict().items()):
             raise ValueError('it is damaged')
         return tokens
 
@@ -2524,7 +2539,8 @@ class SignIn:
             form = app_form(account)
         elif tokens and tokens.refresh:
             form = client_form(
-                account, grant_type='refresh_token', scope=account.oauthscope,
+                account, grant_type='refresh_token',
+                scope=scope_to_renew(account, tokens.scope),
                 refresh_token=tokens.refresh)
         else:
             self._die(self._problem or (
@@ -2767,6 +2783,9 @@ class BrowserLogin:
                  'login_hint': account.smtpusername}
         if account.oauth == 'google':   # else no refresh token the next time
             query.update(access_type='offline', prompt='consent')
+        elif account.oauth == 'other' and (
+                'offline_access' in account.oauthscope.split()):
+            query['prompt'] = 'consent'     # OpenID Connect Core 11
         url = account.oauthauthurl
         return url + ('&' if '?' in url else '?') + urlencode(query)
 

@@ -349,6 +349,21 @@ class Renewal(SignInCase):
                           'refresh_token': 'refresh-1', 'scope': 'mail'}, one)
         self.assertEqual('hush', two['client_secret'])
 
+    def test_never_more_is_asked_for_than_was_granted(self):
+        for provider, granted, wanted in (
+                ('other', 'x mail', 'mail'), ('other', None, 'mail more'),
+                ('other', 'x', 'mail more'), ('google', 'mail', 'mail more'),
+                ('microsoft', 'mail', 'mail more')):
+            with self.subTest(provider, granted=granted):
+                sign_in = self.make()
+                sign_in.store(dict(self.tokens.issue(), scope=granted))
+                sign_in.account = sign_in.account._replace(
+                    oauth=provider, oauthscope='mail more')
+                self.later(4000)
+                sign_in.access_token()
+                self.assertEqual(wanted,
+                                 self.tokens.requests[-1].form['scope'])
+
     def test_a_new_refresh_token_replaces_the_old_one(self):
         sign_in = self.signed_in()
 
@@ -1007,7 +1022,7 @@ class Browser(SignInCase):
 
 # Nobody may be unable to read this Python, so all is imported early.
 LOGIN = '''
-import encodings.idna, email.utils, http.client, json, shlex, sys, urllib.parse
+import encodings.idna, email.utils, fcntl, http.client, json, shlex, sys
 import smtpproxy
 sys.exit(smtpproxy.main(sys.argv[1:]))
 '''
