@@ -73,74 +73,167 @@ NETWORKS = ('127.0.0.0/8 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 '
             '169.254.0.0/16 ::1 fc00::/7 fe80::/10')
 
 
-# In these classes: field name = ini key, annotation = type, default = default.
+# How a value of the ini is read: each of these takes its text and warn(str),
+# for what works but is not what stands there, and returns the value. Raises
+# ValueError, which says what would be right.
+
+def boolean(text, warn):
+    if text.lower() in ('true', 'yes', 'on', '1'):
+        return True
+    if text.lower() in ('false', 'no', 'off', '0'):
+        return False
+    raise ValueError('must be true or false')
+
+
+class Number:
+    """A whole number from least to most."""
+
+    def __init__(self, least, most):
+        self.least, self.most = least, most
+
+    def __call__(self, text, warn):
+        digits = text.lstrip('0')[:20] or '0'   # thousands Python won't read
+        if not re.fullmatch('[0-9]+', text) or int(digits) < self.least:
+            self.refuse()
+        if int(digits) > self.most:
+            return self.too_large(text, warn)
+        return int(digits)
+
+    def refuse(self):
+        raise ValueError('must be a whole number from %d to %d' % (
+            self.least, self.most))
+
+    def too_large(self, text, warn):
+        self.refuse()
+
+
+class Capped(Number):
+    """The same for keys of 1.x, which knew no largest: an ini with more than
+    that has to work on."""
+
+    def too_large(self, text, warn):
+        warn('= %s is too much: %d counts, the largest' % (text, self.most))
+        return self.most
+
+
+class Choice:
+    """One of these words, in any case."""
+
+    def __init__(self, *words):
+        self.words = words
+
+    def __call__(self, text, warn):
+        for word in self.words:
+            if text.lower() == word.lower():
+                return word
+        raise ValueError('must be one of ' + ', '.join(self.words))
+
+
+def one_line(text, warn):
+    if re.search(r'[\x00-\x08\x0b-\x1f\x7f]', text):
+        raise ValueError('has control characters')
+    return text
+
+
+def word(text, warn):
+    if re.search(r'\s', text):
+        raise ValueError('must be a name without blanks')
+    return one_line(text, warn)
+
+
+def mail_address(text, warn):
+    """'a@b' or 'Name <a@b>'."""
+    if text and not re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|'
+                             r'[^<>@\s]+@[^<>@\s]+$', text):
+        raise ValueError('must be a mail address')
+    return one_line(text, warn)
+
+
+def file_path(text, warn):
+    return one_line(text, warn)
+
+
+def pem_file(text, warn):
+    file_path(text, warn)
+    if text and not os.access(text, os.R_OK):
+        raise ValueError('there is no such file that we may read')
+    return text
+
+
+port_number = Number(0, 65535)
+DAY = 86400     # seconds
+
+
+# In these classes: field name = ini key, annotation = how it is read, default
+# = default.
 
 class Config(NamedTuple):
     """[config]"""
-    port: int = 25
-    host: str = ''
-    sleeptime: int = 30
-    debuglevel: int = 0
-    waitafterpop: int = 5
-    deleteonerror: bool = True
-    msgdir: str = 'msgs'
-    allow: str = NETWORKS
-    maxsize: int = 100000000
-    maxconnections: int = 100
-    timeout: int = 300
-    retrydays: int = 5
-    tlscert: str = ''
-    tlskey: str = ''
-    tlsport: int = 0
-    tlsweak: bool = False
-    user: str = ''
-    group: str = ''
-    tokendir: str = 'tokens'
+    port: port_number = 25
+    host: one_line = ''
+    sleeptime: Capped(1, DAY) = 30
+    debuglevel: Capped(0, 2) = 0
+    waitafterpop: Capped(0, 3600) = 5
+    deleteonerror: boolean = True
+    msgdir: file_path = 'msgs'
+    allow: one_line = NETWORKS
+    maxsize: Number(1, 10000000000) = 100000000
+    maxconnections: Number(1, 10000) = 100
+    timeout: Number(1, DAY) = 300
+    retrydays: Number(0, 365) = 5
+    tlscert: pem_file = ''
+    tlskey: pem_file = ''
+    tlsport: port_number = 0
+    tlsweak: boolean = False
+    user: one_line = ''
+    group: one_line = ''
+    tokendir: file_path = 'tokens'
 
 
 class Logging(NamedTuple):
     """[logging]"""
-    file: str = 'smtpproxy.log'
-    size: int = 1000000
-    count: int = 10
-    level: str = 'INFO'
+    file: file_path = 'smtpproxy.log'
+    size: Capped(0, 1000000000) = 1000000
+    count: Capped(0, 1000) = 10
+    level: Choice('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE') = 'INFO'
 
 
 class Account(NamedTuple):
     """One sender's way out: [<address>], [*@domain] or [default]."""
-    localhostname: str = ''
-    smtphost: str = ''
-    smtpport: int = 0
-    smtpsecurity: str = 'none'
-    smtpusername: str = ''
-    smtppassword: str = ''
-    smtpauth: str = 'auto'
-    smtpweaktls: bool = False
-    smtpconnections: int = 4
-    tlsverify: bool = True
-    tlscafile: str = ''
-    popbeforesmtp: bool = False
-    pophost: str = ''
-    popport: int = 995
-    popssl: bool = True
-    popusername: str = ''
-    poppassword: str = ''
-    popcheckdelay: int = 60
-    oauth: str = ''
-    oauthclientid: str = ''
-    oauthclientsecret: str = ''
-    oauthtenant: str = 'common'
-    oauthflow: str = 'auto'
-    oauthscope: str = ''
-    oauthtokenurl: str = ''
-    oauthdeviceurl: str = ''
-    oauthauthurl: str = ''
-    oauthport: int = 0
-    returnpath: str = ''
-    replyto: str = ''
-    forcefrom: str = ''
-    localpassword: str = ''
-    use: str = ''
+    localhostname: word = ''
+    smtphost: one_line = ''
+    smtpport: port_number = 0
+    smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
+    smtpusername: one_line = ''
+    smtppassword: one_line = ''
+    smtpauth: Choice('auto', 'plain', 'login', 'cram-md5', 'xoauth2',
+                     'oauthbearer') = 'auto'
+    smtpweaktls: boolean = False
+    smtpconnections: Number(1, 100) = 4
+    tlsverify: boolean = True
+    tlscafile: pem_file = ''
+    popbeforesmtp: boolean = False
+    pophost: one_line = ''
+    popport: port_number = 995
+    popssl: boolean = True
+    popusername: one_line = ''
+    poppassword: one_line = ''
+    popcheckdelay: Capped(0, DAY) = 60
+    oauth: one_line = ''
+    oauthclientid: one_line = ''
+    oauthclientsecret: one_line = ''
+    oauthtenant: one_line = 'common'
+    oauthflow: Choice('auto', 'device', 'browser', 'app') = 'auto'
+    oauthscope: one_line = ''
+    oauthtokenurl: one_line = ''
+    oauthdeviceurl: one_line = ''
+    oauthauthurl: one_line = ''
+    oauthport: port_number = 0
+    returnpath: mail_address = ''
+    replyto: mail_address = ''
+    forcefrom: mail_address = ''
+    localpassword: one_line = ''
+    use: one_line = ''
 
     @property
     def server(self):
@@ -183,20 +276,7 @@ class Settings(NamedTuple):
                 return name
 
 
-CHOICES = {'level': ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE'),
-           'smtpsecurity': ('none', 'tls', 'ssl'),
-           'smtpauth': ('auto', 'plain', 'login', 'cram-md5', 'xoauth2',
-                        'oauthbearer'),
-           'oauthflow': ('auto', 'device', 'browser', 'app')}
-PORTS = ('port', 'tlsport', 'smtpport', 'popport', 'oauthport')
-AT_LEAST = {'maxsize': 1, 'maxconnections': 1, 'timeout': 1,
-            'smtpconnections': 1, 'sleeptime': 1}
-ADDRESSES = ('returnpath', 'replyto', 'forcefrom')
-PATHS = ('msgdir', 'tokendir', 'file', 'tlscert', 'tlskey', 'tlscafile')
 SECRETS = ('password', 'secret')        # how the name of such a key ends
-BOOLEANS = {'true': True, 'yes': True, 'on': True, '1': True,
-            'false': False, 'no': False, 'off': False, '0': False}
-
 
 # What oauth=<provider> sets where the ini does not. TENANT is oauthtenant.
 MICROSOFT = 'https://login.microsoftonline.com/TENANT/oauth2/v2.0/'
@@ -318,6 +398,10 @@ class IniReader:
         self.mistakes.append('%s: [%s] %s%s' % (
             self.path, section, key and key + ' ', what))
 
+    def warn(self, section, key, what):
+        self.warnings.append('%s: [%s] %s %s' % (
+            self.path, section, key, what))
+
     def read_section(self, section, shape):
         """A shape (Config, Logging, Account) from one section."""
         found = {}
@@ -329,7 +413,8 @@ class IniReader:
                 self.complain(section, key, 'has more than one line: does '
                               'the next one begin with a blank?')
             else:
-                found[key] = self.convert(section, key, value, shape)
+                found[key] = self.convert(
+                    section, key, value, shape.__annotations__[key])
         if shape is Account:
             self.check_account(section, found)
         return shape(**{key: value for key, value in found.items()
@@ -347,46 +432,15 @@ class IniReader:
         return nearest(key, shape._fields) or (
             '; known are ' + ', '.join(shape._fields))
 
-    def convert(self, section, key, text, shape):
+    def convert(self, section, key, text, kind):
         """The value of a key; None after a complaint."""
-        kind, wrong = shape.__annotations__[key], None
-        if kind is bool:
-            if text.lower() in BOOLEANS:
-                return BOOLEANS[text.lower()]
-            wrong = 'must be true or false'
-        elif kind is int:
-            low = AT_LEAST.get(key, 0)
-            high = 65535 if key in PORTS else sys.maxsize
-            if re.match(r'\d{1,18}$', text) and low <= int(text) <= high:
-                return int(text)
-            wrong = 'must be a whole number %s' % (
-                'from %d to %d' % (low, high) if key in PORTS
-                else 'of at least %d' % low)
-        elif key in CHOICES:
-            for choice in CHOICES[key]:
-                if text.lower() == choice.lower():
-                    return choice
-            wrong = 'must be one of ' + ', '.join(CHOICES[key])
-        elif re.search(r'[\x00-\x08\x0b-\x1f\x7f]', text):
-            wrong = 'has control characters'
-        elif key in ADDRESSES and text and not is_address(text):
-            wrong = 'must be a mail address'
-        elif key == 'localhostname' and re.search(r'\s', text):
-            wrong = 'must be a name without blanks'
-        else:
-            return self.located(section, key, text)
-        self.complain(section, key, '= %s: %s' % (
-            text if not key.endswith(SECRETS) else '***', wrong))
-
-    def located(self, section, key, text):
-        """Paths are relative to the folder of the ini."""
-        if key not in PATHS or not text:
-            return text
-        path = os.path.join(self.folder, os.path.expanduser(text))
-        if key.startswith('tls') and not os.access(path, os.R_OK):
-            self.complain(section, key, '= %s: there is no such file that we '
-                          'may read' % path)
-        return path
+        if kind in (file_path, pem_file) and text:
+            text = os.path.join(self.folder, os.path.expanduser(text))
+        try:
+            return kind(text, functools.partial(self.warn, section, key))
+        except ValueError as error:
+            self.complain(section, key, '= %s: %s' % (
+                '***' if key.endswith(SECRETS) else text, error))
 
     def check_account(self, section, found):
         """What an account needs, and what follows from what."""
@@ -597,12 +651,6 @@ class IniReader:
         return found
 
 
-def is_address(text):
-    """Is it 'a@b' or 'Name <a@b>'?"""
-    return re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|[^<>@\s]+@[^<>@\s]+$',
-                    text) is not None
-
-
 def bare_address(text):
     """'a@b' of 'Name <a@b>' or '<a@b>' or 'a@b'."""
     return text.rpartition('<')[2].rstrip('> ').strip()
@@ -650,14 +698,21 @@ class Networks:
 class LogFile(logging.Handler):
     """A file that starts anew at size bytes; count old ones are kept. What
     can't be written is said once on stderr: a full disk is the log's trouble
-    and never the mail's."""
+    and never the mail's.
+
+    Whoever touches the descriptor holds logging's lock of this handler: its
+    number is soon another file's, a mail's perhaps. A thread that looked the
+    handlers up before a reload may write after close(): its line still goes
+    to the log, which is open for that line only."""
 
     def __init__(self, path, size, count):
         super().__init__()
         self.path, self.size, self.count = path, size, count
         self.file, self.written, self.broken = None, 0, ''
+        self.closed = False
 
     def emit(self, record):
+        """Under the lock: see logging.Handler.handle."""
         line = (self.format(record) + '\n').encode('utf-8', 'replace')
         try:
             if self.file is None:
@@ -669,6 +724,8 @@ class LogFile(logging.Handler):
             self.written += len(line)
         except OSError as error:
             self.complain('written', error)
+        if self.closed:
+            self.close_file()
 
     def open(self):
         self.file = os.open(
@@ -705,30 +762,43 @@ class LogFile(logging.Handler):
             os.close(file)
 
     def close(self):
-        self.close_file()
+        self.acquire()
+        try:
+            self.closed = True
+            self.close_file()
+        finally:
+            self.release()
         super().close()
+
+
+def printable(text):
+    """text, in which a terminal finds nothing to obey and a log no other
+    line: what is not to be printed is spelled out, as in \\x1b."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def tell(text):
+    """One line of a command on stdout. Raises OSError."""
+    print(printable(text.expandtabs()), flush=True)
 
 
 def say(text, file=None):
     """One line to whoever started us, who may not be there any more."""
-    try:
-        print('smtpproxy: ' + text, file=file or sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        print('smtpproxy: ' + printable(text), file=file or sys.stderr,
+              flush=True)
 
 
 class OneLine(logging.Formatter):
-    """Whatever a client or server says can't fake a second line."""
+    """Whatever a client or server says can't fake a line of ours: what is
+    printed below a line, a traceback, stands back from the edge."""
 
     second = clock = None
 
     def format(self, record):
-        message = record.getMessage()
-        if not message.isprintable():
-            message = ''.join(c if c.isprintable() else ascii(c)[1:-1]
-                              for c in message)
-        if record.exc_info:
-            message += '\n' + self.formatException(record.exc_info)
+        message = self.message_of(record)
         second = int(record.created)
         if second != self.second:       # of many lines a second, format one
             self.clock = time.strftime(
@@ -736,6 +806,25 @@ class OneLine(logging.Formatter):
             self.second = second
         return '%s,%03d %s %s' % (self.clock, record.msecs, record.levelname,
                                   message)
+
+    def message_of(self, record):
+        lines = [printable(record.getMessage())]
+        if record.exc_info:
+            lines += ['    ' + printable(line) for line in
+                      self.formatException(record.exc_info).splitlines()]
+        return '\n'.join(lines)
+
+
+class ForCommand(OneLine):
+    """The log among the lines of a command: what, but not when."""
+
+    def format(self, record):
+        return '  log: ' + self.message_of(record)
+
+
+def on_terminal():
+    """Does somebody watch? There is no stderr if it was closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def open_log(settings):
@@ -745,7 +834,7 @@ def open_log(settings):
     logging.logMultiprocessing = False
     logging._srcfile = None
     root, handlers = logging.getLogger(), [LogFile(*settings.logging[:3])]
-    if sys.stderr and sys.stderr.isatty():
+    if on_terminal():
         handlers.append(logging.StreamHandler())
     for handler in handlers:
         handler.setFormatter(OneLine())
@@ -831,6 +920,7 @@ END = b'\r\n.\r\nNOOP crc32='     # no mail can hold this: its dots are doubled
 END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
+STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
 
@@ -841,8 +931,9 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool. start, body, dot: offsets of the header, of the empty line behind
-    it, and of what follows the final dot's line."""
+    bool; flaw: str, why its envelope must not be sent, or ''. start, body,
+    dot: offsets of the header, of the empty line behind it, and of what
+    follows the final dot's line."""
 
     # What is kept while it is in trouble, and its types.
     STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
@@ -853,6 +944,7 @@ class Mail:
         self.tries, self.due, self.problem = 0, 0.0, ''
         self.handled = self.parked = False
         self.refused = {}           # {recipient: reply}, refused for good
+        self.flaw = ''
         self._msg, self.seen = None, 0
         self.read()
         self.saved = self.state()
@@ -925,14 +1017,31 @@ class Mail:
             lines = envelope.decode().split('\r\n')
             if not lines[0].startswith('MAIL FROM:'):
                 raise ValueError('it does not begin with MAIL FROM')
-            frm, self.parameters = smtps.parse_path(lines[0][10:], '5.1.7')
-            self.frm = Address(frm)
-            self.to = [Address(smtps.parse_path(line[8:], '5.1.3')[0])
-                       for line in lines[1:] if line.startswith('RCPT TO:')]
+            self.frm, self.parameters = self.parse_stored(lines[0][10:])
+            self.to = [self.parse_stored(line[8:])[0] for line in lines[1:]
+                       if line.startswith('RCPT TO:')]
             if not self.to or len(self.to) + 1 != len(lines) or not data:
                 raise ValueError('its envelope is not whole')
-        except (ValueError, smtps.Refused) as error:
+        except ValueError as error:
             raise Unreadable(str(error))
+
+    def parse_stored(self, text):
+        """(Address, parameters) of a path as Draft wrote it. An earlier
+        version took some that would now be refused or be another address:
+        that one stays as it is, with a flaw. Raises ValueError."""
+        stored = STORED.match(text)
+        if not stored:
+            raise ValueError('its envelope is not whole')
+        try:
+            address, parameters = smtps.parse_path(text, '5.1.0')
+            if address == stored[1]:
+                return Address(address), parameters
+            why = 'it would be sent as <%s>' % address
+        except smtps.Refused as error:
+            why = str(error)
+        self.flaw = '<%s> in its envelope is no address: %s' % (
+            stored[1], why)
+        return Address(stored[1]), {}
 
     def verify(self):
         """Raises Unreadable if the bytes are not those that were stored."""
@@ -1623,7 +1732,7 @@ class Handlers:
             try:
                 for handler in self.load(name):
                     self.prepare(name, handler, options)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:      # sys.exit() as well
                 self.problem(name, 'cannot be loaded and is skipped: %s'
                              % (missing_module(error) if isinstance(
                                  error, ModuleNotFoundError) and
@@ -1713,15 +1822,23 @@ class Handlers:
         if isinstance(mail.to, str) or not all(
                 isinstance(a, str) for a in [mail.frm] + list(mail.to)):
             raise ValueError('mail.to must be a list of str, mail.frm a str')
-        frm, to = mail.frm.strip('<>'), [a.strip('<>') for a in mail.to]
+        frm, *to = map(Handlers.envelope_address, [mail.frm] + list(mail.to))
         if not to or not all(to):
             raise ValueError('it left no recipient')
-        for address in [frm] + to:
-            try:
-                smtps.parse_path('<%s>' % address, '5.1.3')
-            except smtps.Refused as error:
-                raise ValueError('%r: %s' % (address, error))
-        return Address(frm), [Address(address) for address in to]
+        return frm, to
+
+    @staticmethod
+    def envelope_address(text):
+        """The Address that the listener makes of the same text: it is what
+        will be read from msgs/. Raises ValueError."""
+        try:
+            address, parameters = smtps.parse_path(
+                '<%s>' % text.strip('<>'), '5.1.3')
+        except smtps.Refused as error:
+            raise ValueError('%r: %s' % (text, error))
+        if parameters:
+            raise ValueError('%r: more than an address' % text)
+        return Address(address)
 
 
 # --- Advice: what a failure means to the owner -------------------------------
@@ -1866,7 +1983,6 @@ MARGIN = 600                # seconds; some servers refuse a token with less
 LOCK_TIME = 45              # seconds: another process's renewal is over then
 IDLE_TIME = 7 * 86400       # seconds; unused sign-ins end, soonest in weeks
 IDLE_RETRY = 3600           # seconds until that is tried again
-DAY = 86400
 CLOCK_IS_SET = 1735689600   # 2025: many routers begin in 1970 at each start
 
 # Of a form: what no message may repeat.
@@ -2676,8 +2792,8 @@ class Countdown:
         left = self.end - self.clock()
         if left > 0 and self.clock() >= self.next:
             self.next = self.clock() + PROGRESS
-            print('%s, %d:%02d minutes left (Ctrl-C gives up)' % (
-                (self.what,) + divmod(int(left), 60)), flush=True)
+            tell('%s, %d:%02d minutes left (Ctrl-C gives up)' % (
+                (self.what,) + divmod(int(left), 60)))
         return left
 
 
@@ -2696,10 +2812,9 @@ def sign_in_by_device(account, clock=time.monotonic, pause=time.sleep):
     start = ask_token_server(account, account.oauthdeviceurl, client_form(
         account, scope=account.oauthscope, login_hint=account.smtpusername),
         'device_code')
-    print('Open in any browser:   %s\nand type the code:     %s' % (
-        plain(str(start.get('verification_uri')
-                  or start.get('verification_url'))),
-        plain(str(start.get('user_code')))), flush=True)
+    tell('Open in any browser:   %s' % (start.get('verification_uri')
+                                        or start.get('verification_url')))
+    tell('and type the code:     %s' % start.get('user_code'))
     form = client_form(
         account, device_code=start['device_code'],
         grant_type='urn:ietf:params:oauth:grant-type:device_code')
@@ -2737,10 +2852,11 @@ class BrowserLogin:
         """The token server's answer."""
         try:
             self._listen()
-            print('Open this address in a browser:\n\n%s\n\nIf the browser '
-                  'then shows an error page, since it is not on this box: '
-                  'copy the address of that page and paste it here.\n'
-                  % self._address(), flush=True)
+            for line in ('Open this address in a browser:', '',
+                         self._address(), '', 'If the browser then shows an '
+                         'error page, since it is not on this box: copy the '
+                         'address of that page and paste it here.', ''):
+                tell(line)
             code = self._wait()
         finally:
             for sock in self.listeners + list(self.visits):
@@ -2833,9 +2949,8 @@ class BrowserLogin:
                                  and '?' not in text)
             if code:
                 return code
-            print('This is not the address that belongs to this sign-in: it '
-                  'begins with %s and holds code= and state='
-                  % self.redirect, flush=True)
+            tell('This is not the address that belongs to this sign-in: it '
+                 'begins with %s and holds code= and state=' % self.redirect)
         return None
 
     def _read_visit(self, visit):
@@ -2906,6 +3021,20 @@ FLOWS = {'device': sign_in_by_device, 'browser': sign_in_by_browser,
 
 
 # --- Courier: one account's way out -----------------------------------------
+
+def secrets_of(account):
+    """A pattern for the passwords in each form in which a server may repeat
+    what it was told. A short one counts as a word only, else it would veil
+    half of every line."""
+    forms = {form for secret in (account.smtppassword, account.poppassword)
+             if secret for form in (
+                 secret, plain(secret), repr(secret.encode())[2:-1],
+                 encoded64(secret), encoded64('\0%s\0%s' % (
+                     account.smtpusername, secret)))}
+    return re.compile('|'.join(
+        ('%s' if len(form) > 3 else r'(?<!\w)%s(?!\w)') % re.escape(form)
+        for form in sorted(forms, key=len, reverse=True)) or '(?!)')
+
 
 class Replies:
     """A server's lines, bounded in time and size: takes the place of the
@@ -2992,7 +3121,7 @@ class PopDialogue:
         return super()._getline()
 
     def _putline(self, line):
-        self.show(line)
+        self.show(b'PASS ***' if line.startswith(b'PASS ') else line)
         super()._putline(line)
 
     def _getresp(self):
@@ -3061,7 +3190,7 @@ class Courier:
 
     def __init__(self, account, lane, config, pause=time.sleep):
         self.account, self.lane, self.config = account, lane, config
-        self.pause = pause
+        self.pause, self.secrets = pause, secrets_of(account)
         self.smtp, self.used = None, False
         self.mail = self.upcoming = None    # at hand, and the one after it
         self.offered = None         # the mail whose envelope is on its way
@@ -3157,15 +3286,7 @@ class Courier:
                                         '; '.join(answers)))
 
     def without_secrets(self, text):
-        """Some servers repeat what they were told."""
-        account = self.account
-        for secret in account.smtppassword, account.poppassword:
-            if len(secret) < 4:
-                continue                # it would veil half of every line
-            for form in (secret, plain(secret), encoded64(secret), encoded64(
-                    '\0%s\0%s' % (account.smtpusername, secret))):
-                text = text.replace(form, '***')
-        return text
+        return self.secrets.sub('***', text)
 
     def mechanisms(self):
         """Names, best first. Raises Trouble."""
@@ -3721,6 +3842,9 @@ class Relay:
             mail = self.load(id, to_send=bool(self.handlers.enabled))
             if mail is None or mail.parked and id not in self.asked:
                 return
+            if mail.flaw:
+                self.park_flawed(id)
+                return
             if not mail.handled and not self.handle(mail):
                 return
             sender = mail.frm
@@ -3996,6 +4120,17 @@ class Relay:
                   mail.id, what, mail.problem, self.describe(mail, mail.to),
                   mail.id, mail.id)
 
+    def park_flawed(self, id):
+        """No server is told such an envelope. Not even deleteonerror deletes
+        it: it was promised by a version that took more."""
+        self.asked.discard(id)
+        mail = self.load(id)
+        if mail:
+            mail.problem = mail.flaw
+            mail.refused = dict.fromkeys(mail.to, mail.flaw)
+            mail.to = []
+            self.park(mail)
+
     def settle_homeless(self, id):
         """No account: permanent."""
         mail = self.load(id)
@@ -4251,6 +4386,9 @@ class Proxy:
             if getattr(new.config, key) != getattr(self.started, key):
                 log.warning('[config] %s has changed: that needs a restart',
                             key)
+        if self.started.tlsport and not new.config.tlscert:
+            log.warning('[config] tlscert is gone: clients at tlsport %d get '
+                        'a 421 until a restart', self.started.tlsport)
         tls_context.cache_clear()
         open_log(new)
         self.settings, self.handlers = new, Handlers(new)
@@ -4336,14 +4474,14 @@ def listener_tls(config):
 
 def check(settings, options):
     """--check: would it start?"""
-    print('%s: [config] port=%d, msgs in %s, log in %s' % (
+    tell('%s: [config] port=%d, msgs in %s, log in %s' % (
         settings.file, settings.config.port, settings.config.msgdir,
         settings.logging.file))
     for name, account in settings.accounts.items():
-        print('[%s]' % name)
+        tell('[%s]' % name)
         for key, value in account._asdict().items():
             if value != Account._field_defaults[key]:
-                print('    %s = %s' % (key, masked(key, value)))
+                tell('    %s = %s' % (key, masked(key, value)))
     problems = []
     proxy = Proxy(settings)
     for step in (functools.partial(proxy.limits, settings),
@@ -4355,13 +4493,13 @@ def check(settings, options):
     proxy.server.stop(0)
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
-        print('handler %s is enabled' % name)
+        tell('handler %s is enabled' % name)
     for line in settings.warnings + handlers.problems + show_sign_ins(
             settings):
-        print('warning: ' + line)
+        tell('warning: ' + line)
     for line in problems:
         say(line)
-    print('this would start' if not problems else 'this would not start')
+    tell('this would start' if not problems else 'this would not start')
     return 1 if problems else 0
 
 
@@ -4372,7 +4510,7 @@ def show_sign_ins(settings):
     for sign_in in SignIns(settings):
         state, text = sign_in.state()
         if state == 'signed in':
-            print('[%s] %s' % (sign_in.section, text))
+            tell('[%s] %s' % (sign_in.section, text))
         else:
             warnings.append('[%s] %s' % (sign_in.section, text))
     return warnings
@@ -4391,29 +4529,60 @@ def mails(spool):
 
 def show_queue(settings, options):
     """--queue: what waits in msgs/."""
-    rows = [{'id': mail.id, 'size': mail.dot - 3 - mail.start,
-             'age': max(0, int(time.time() - os.path.getmtime(mail.path))),
-             'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
-             'tries': mail.tries, 'parked': mail.parked,
-             'next': mail.due and not mail.parked and time.strftime(
-                 '%Y-%m-%d %H:%M:%S', time.localtime(mail.due)) or None,
-             'error': mail.problem} for mail in mails(command_spool(settings))]
+    rows = queue_rows(command_spool(settings))
     if options.json:
         import json
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows, indent=1))   # ASCII, all else is escaped
         return 0
     line = '%-14s %9s %10s %5s  %-19s  %s'
-    print(line % ('id', 'age', 'size', 'tries', 'next try',
-                  'sender -> recipients: last error'))
+    tell(line % ('id', 'age', 'size', 'tries', 'next try',
+                 'sender -> recipients: last error'))
     for row in rows:
-        print(line % (row['id'], age_of(row['age']), row['size'],
-                      row['tries'], 'parked' if row['parked']
-                      else row['next'] or 'soon',
-                      '<%s> -> %s%s' % (row['sender'], listed(
-                          row['recipients']), row['error'] and (
-                              ': ' + row['error']))))
-    print('%d mails' % len(rows))
+        tell(line % (row['id'], age_of(row['age']), row['size'],
+                     row['tries'], 'parked' if row['parked']
+                     else row['next'] or 'soon',
+                     '<%s> -> %s%s' % (row['sender'], listed(
+                         row['recipients']), row['error'] and (
+                             ': ' + row['error']))))
+    tell('%d mails' % len(rows))
     return 0
+
+
+def queue_rows(spool):
+    """[{what a script gets of a mail that waits}]"""
+    rows, newest = [], (0, '')
+    for mail in mails(spool):       # one at a time: there may be thousands
+        rows.append(queue_row(mail))
+        newest = max(newest, (max(arrival(mail.id), mail.seen), mail.path))
+    now = spool_time(*newest)
+    for row in rows:
+        row['age'] = max(0, int(now - arrival(row['id'])))
+    return rows
+
+
+def queue_row(mail):
+    next_try = mail.due and not mail.parked and time.strftime(
+        '%Y-%m-%d %H:%M:%S', time.localtime(mail.due))
+    return {'id': mail.id, 'size': mail.dot - 3 - mail.start, 'age': None,
+            'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
+            'tries': mail.tries, 'parked': mail.parked,
+            'next': next_try or None, 'error': mail.problem}
+
+
+def arrival(id):
+    """When a mail came, in the spool's own time."""
+    return int(id[:8], 16)
+
+
+def spool_time(newest, path):
+    """The spool's own time now, as far as its files tell: the newest moment
+    that one of them names, and what has passed since that was written. Never
+    more than since this box was started, whatever its clock says."""
+    try:
+        passed = time.time() - os.path.getmtime(path)
+    except FileNotFoundError:
+        passed = 0                  # the service has just sent it
+    return newest + min(max(0, passed), time.monotonic())
 
 
 def age_of(seconds):
@@ -4452,23 +4621,22 @@ def ask(settings, options):
             mail.parked = False
             spool.save(mail)
     spool.close()
-    print('deleted' if what == 'delete' else
-          'the service does not run; it tries it when it starts')
+    tell('deleted' if what == 'delete' else
+         'the service does not run; it tries it when it starts')
     return 0
 
 
 def ask_service(spool, id, what, sleeptime):
     """Waits until the service has done it."""
-    print('the service is asked, it looks every %d seconds' % sleeptime,
-          flush=True)
+    tell('the service is asked, it looks every %d seconds' % sleeptime)
     path = spool.ask(id, what)
     end = time.monotonic() + sleeptime + 5
     while os.path.exists(path):
         if time.monotonic() > end:
-            print('the service is asked; it is busy with that mail')
+            tell('the service is asked; it is busy with that mail')
             return 0
         time.sleep(0.05)
-    print('deleted' if what == 'delete' else 'the service tries it now')
+    tell('deleted' if what == 'delete' else 'the service tries it now')
     return 0
 
 
@@ -4487,9 +4655,9 @@ def login(settings, options):
         say('%s cannot be written by user %d: run this as root, or as the '
             'user of the service' % (folder, os.getuid()))
         return 1
-    print('Signing in at %s as %s.' % (
+    tell('Signing in at %s as %s.' % (
         account.oauth if account.oauth != 'other' else
-        account.oauthtokenurl, account.smtpusername), flush=True)
+        account.oauthtokenurl, account.smtpusername))
     try:
         answer = FLOWS[account.oauthflow](account)
         sign_in.store(answer)
@@ -4519,22 +4687,22 @@ def sign_in_of(settings, address):
 
 def tell_stored(settings, sign_in, answer):
     account = sign_in.account
-    print('Signed in; stored as %s.' % sign_in.file.path)
-    print('Mail of these sections goes out by it: ' + ', '.join(
+    tell('Signed in; stored as %s.' % sign_in.file.path)
+    tell('Mail of these sections goes out by it: ' + ', '.join(
         name for name, other in settings.accounts.items()
         if other.sign_in == account.sign_in))
     if account.oauthflow != 'app' and not is_token(
             answer.get('refresh_token')):
-        print('warning: it came without a refresh token and ends soon: '
+        tell('warning: it came without a refresh token and ends soon: '
               'oauthscope may lack offline_access')
     granted = answer.get('scope')
     wanted = set(account.oauthscope.lower().split()) - {
         'offline_access', 'openid', 'profile', 'email'}
     if isinstance(granted, str) and wanted - set(granted.lower().split()):
-        print('warning: not all that was asked for was granted: %s'
+        tell('warning: not all that was asked for was granted: %s'
               % plain(granted))
     if account.oauth == 'google':
-        print('If the app is still in "Testing" at Google, this ends after '
+        tell('If the app is still in "Testing" at Google, this ends after '
               'seven days: publish it ("In production").')
 
 
@@ -4556,14 +4724,14 @@ def retry_mails_of(settings, account):
     except Busy:
         for mail in found:
             spool.ask(mail.id, 'retry')
-        print('The service is asked to try what waits: %d mails' % len(found))
+        tell('The service is asked to try what waits: %d mails' % len(found))
         return
     for mail in found:
         if mail.parked:
             mail.parked = False
             spool.save(mail)
     spool.close()
-    print('The service does not run; when it starts it tries %d mails'
+    tell('The service does not run; when it starts it tries %d mails'
           % len(found))
 
 
@@ -4577,7 +4745,7 @@ def logout(settings, options):
     except TokenServerAway as error:
         say(str(error))
         return 1
-    print('%s. The provider still knows it: you can withdraw it there, too.'
+    tell('%s. The provider still knows it: you can withdraw it there, too.'
           % ('forgotten: ' + sign_in.file.path) if there else
           'there is no sign-in for [%s]' % sign_in.section)
     return 0
@@ -4588,13 +4756,21 @@ def show(settings, options):
     for mail in mails(command_spool(settings)):
         if mail.id == options.show:
             account = settings.account_for(mail.frm) or Account()
-            header = unstuffed(dress(mail, account))
-            sys.stdout.buffer.write(header + mail.msg[split_header(
-                mail.msg):])
-            sys.stdout.flush()
+            show_message(unstuffed(dress(mail, account))
+                         + mail.msg[split_header(mail.msg):])
             return 0
     say('there is no mail %s; see --queue' % options.show)
     return 1
+
+
+def show_message(message):
+    """Every byte of it, but on a terminal nothing that it would obey."""
+    if sys.stdout.isatty():
+        for line in message.decode('utf-8', 'replace').splitlines():
+            tell(line)
+    else:
+        sys.stdout.buffer.write(message)
+        sys.stdout.flush()
 
 
 def handler_test(settings, options):
@@ -4602,8 +4778,7 @@ def handler_test(settings, options):
     import difflib
     with open(options.handler_test, 'rb') as file:
         message = smtps.DataReader.LINE_END.sub(b'\r\n', file.read())
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout,
-                        format='%(levelname)s %(message)s')
+    log_to_stdout()
     handlers = Handlers(settings)
     mail = TestMail(message)
     before = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
@@ -4611,14 +4786,23 @@ def handler_test(settings, options):
     keep = handlers.run(mail)
     after = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
              + mail.msg.decode('utf-8', 'replace')).splitlines()
-    print('enabled: ' + (', '.join(name for name, _, _ in handlers.enabled)
-                         or 'none'))
+    tell('enabled: ' + (', '.join(name for name, _, _ in handlers.enabled)
+                        or 'none'))
     for line in difflib.unified_diff(before, after, 'before', 'after', '', '',
                                      1, ''):
-        print(line)
-    print('the mail would %s; nothing was sent' % (
+        tell(line)
+    tell('the mail would %s; nothing was sent' % (
         'go on' if keep else 'be discarded'))
     return 0
+
+
+def log_to_stdout():
+    """The log among the lines of a command."""
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(ForCommand())
+    root = logging.getLogger()
+    root.handlers[:] = [console]
+    root.setLevel(logging.INFO)
 
 
 class TestMail(Mail):
@@ -4653,12 +4837,10 @@ def demo(options):
                 folder, provider.listeners[0].getsockname()[1], pop.port))
         proxy = Proxy(load(path))
         proxy.start()
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter('  log: %(message)s'))
-        logging.getLogger().handlers[:] = [console]
+        log_to_stdout()
         port = proxy.server.listeners[0].getsockname()[1]
-        print('A mail from an old printer is handed to port %d, as plain SMTP'
-              % port, flush=True)
+        tell('A mail from an old printer is handed to port %d, as plain SMTP'
+             % port)
         mail = EmailMessage()
         mail['From'], mail['To'] = 'printer@home.lan', 'you@example.org'
         mail['Subject'] = 'It works'
@@ -4675,9 +4857,11 @@ def demo(options):
     if arrived is None:
         say('the mail did not arrive; the log above should say why')
         return 1
-    print('\nThe provider took it after the POP login; what arrived:\n')
+    tell('')
+    tell('The provider took it after the POP login; what arrived:')
+    tell('')
     for line in unstuffed(arrived).decode().splitlines():
-        print('  | ' + line)
+        tell('  | ' + line)
     return 0
 
 
@@ -4723,7 +4907,7 @@ class DemoPop(threading.Thread):
         with client, client.makefile('rwb', 0) as file:
             file.write(b'+OK demo POP3 server\r\n')
             for line in file:
-                print('  pop: ' + plain(line), flush=True)
+                tell('  pop: ' + plain(line))
                 self.signed_in |= line == b'PASS secret\r\n'
                 file.write(b'+OK\r\n')
 
@@ -4803,26 +4987,75 @@ def start_over():
                   + sys.argv[1:], dict(os.environ, PYTHONPATH=path))
 
 
+class Signals:
+    """What the owner asks of the service: SIGTERM and SIGINT to stop, SIGHUP
+    to reload. None is missed, whenever it comes: the interpreter writes its
+    number into a pipe at once. A Python function would have to wait until
+    the main thread runs again, which sleeps."""
+
+    OURS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+    def __init__(self):
+        self._reader, writer = os.pipe()    # closed in what is started
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in self.OURS:
+            signal.signal(number, lambda number, frame: None)
+        # A handler may fork. Who ends the child must not end the service.
+        os.register_at_fork(before=self._block, after_in_parent=self._unblock,
+                            after_in_child=self._leave)
+
+    def wait(self):
+        """The numbers (bytes) of those that came since the last time."""
+        return os.read(self._reader, 65536)
+
+    def ignore(self):
+        """From now on. While the interpreter goes down it would not, and
+        exit code 0 would be lost."""
+        for number in self.OURS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _block(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.OURS)
+
+    def _unblock(self):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.OURS)
+
+    def _leave(self):
+        """In a child: it is a program of its own."""
+        signal.set_wakeup_fd(-1)
+        for number in self.OURS:
+            signal.signal(number, signal.SIG_DFL)
+        self._unblock()
+
+
 def serve(settings):
-    """Until SIGTERM or SIGINT. Raises StartError."""
+    """Until SIGTERM or SIGINT, also if that comes before all is up. Raises
+    StartError."""
     if __name__ == '__main__' and __spec__ is None:
         start_over()
-    signals = queue.SimpleQueue()       # no work happens in a signal handler
-    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
-        signal.signal(number, lambda number, _: signals.put(number))
+    signals = Signals()
     proxy = Proxy(settings)
     proxy.start()
     for warning in settings.warnings:
-        if not sys.stderr.isatty():     # there the log has shown it
+        if not on_terminal():           # there the log has shown it
             say(warning)
     say('%s listens on %s' % (VERSION, proxy.ports()), sys.stdout)
-    while signals.get() == signal.SIGHUP:
+    serve_until_stopped(proxy, signals)
+    proxy.stop()
+    signals.ignore()
+    return 0
+
+
+def serve_until_stopped(proxy, signals):
+    while True:
+        came = signals.wait()
+        if signal.SIGTERM in came or signal.SIGINT in came:
+            return
         try:
             proxy.reload()
         except Exception:
             log.exception('not reloaded: an error of ours')
-    proxy.stop()
-    return 0
 
 
 def main(arguments):

@@ -205,6 +205,14 @@ class Keys(unittest.TestCase):
             with self.subTest(kind):
                 self.assertEqual(defaults, readme[kind])
 
+    def test_the_readme_names_the_largest_of_every_number(self):
+        for shape in SHAPES.values():
+            for key, kind in shape.__annotations__.items():
+                if isinstance(kind, smtpproxy.Number) and 'port' not in key:
+                    with self.subTest(key):
+                        self.assertRegex(read('README.md'), (
+                            r'(?m)^\| %s \| .*\b%d\b' % (key, kind.most)))
+
     def test_the_example_shows_every_key(self):
         shown = self.example('#?')
 

@@ -20,6 +20,41 @@ UNPRIVILEGED = '/proc/sys/net/ipv4/ip_unprivileged_port_start'
 POWERLESS = ('import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 10, 0, 0, 0)'
              '; os.execv(sys.executable, [sys.executable] + sys.argv[1:])')
 
+CLOSED_STDERR = ('import os, sys; os.close(2); os.execv(sys.executable, '
+                 '[sys.executable] + sys.argv[1:])')
+
+# A program and a fork are told to end; a third tells what it has inherited.
+STARTS = '''\
+import os, signal, subprocess, time
+from MailHandler import MailHandler
+
+def said_by(*command):
+    return subprocess.check_output(command, stdin=subprocess.DEVNULL,
+                                   universal_newlines=True).split()
+
+class Starts(MailHandler):
+    def isEnabled(self):
+        return True
+    def setLogger(self, logger):
+        self.logger = logger
+    def handleMessage(self, message, mail, callback):
+        child = subprocess.Popen(['sleep', '60'])
+        child.terminate()
+        self.logger.log('a child ended by %d', child.wait())
+        fork = os.fork()
+        if not fork:
+            time.sleep(60)
+            os._exit(1)
+        os.kill(fork, signal.SIGTERM)
+        self.logger.log('a fork ended by %d', os.waitpid(fork, 0)[1])
+        _, blocked, _, ignored = said_by(
+            'grep', '-E', 'SigBlk|SigIgn', '/proc/self/status')
+        self.logger.log('blocked %x, ignored %x', int(blocked, 16),
+                        int(ignored, 16) & 0x4003)  # SIGHUP, INT, TERM
+        self.logger.log('files %s', ' '.join(said_by('ls', '/proc/self/fd')))
+        return True
+'''
+
 OF_1_X = '''\
 import mlogging
 from MailHandler import MailHandler
@@ -59,6 +94,11 @@ class ProgramCase(ProxyCase):
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         return process
+
+    def install(self):
+        """Puts the program where 1.x was: in the folder with its ini."""
+        for name in FILES:
+            shutil.copy(os.path.join(TOP, name), self.folder)
 
     def output(self):
         with open(self.path('said'), encoding='utf-8') as file:
@@ -195,6 +235,46 @@ class Service(ProgramCase):
         self.assertEqual(0, self.end(process))
         self.assertLogged('stopped')
 
+    def test_a_sigterm_while_it_still_starts_ends_it_all_the_same(self):
+        self.install()
+        self.write('handlers/impatient.py', 'import os, signal\n'
+                   'os.kill(os.getpid(), signal.SIGTERM)\n')
+        self.ini()
+
+        process = self.begin(program='smtpproxy.py')
+
+        self.assertEqual(0, self.end(process))
+        self.assertLogged('listens on port')
+        self.assertLogged('stopped')
+
+    def test_sigterm_again_and_again_is_still_a_clean_end(self):
+        self.ini()
+        process = self.run_service()
+        self.submit()
+
+        end = time.monotonic() + 10
+        while process.poll() is None and time.monotonic() < end:
+            process.terminate()
+
+        self.assertEqual(0, self.end(process))
+
+    @unittest.skipUnless(os.path.exists('/proc/self/fd'), 'needs Linux')
+    def test_what_a_handler_starts_has_signals_of_its_own(self):
+        self.install()
+        self.write('handlers/starts.py', STARTS)
+        self.ini()
+        process = self.run_service(program='smtpproxy.py')
+
+        self.submit()
+
+        self.assertLogged('a child ended by -15')
+        self.assertLogged('a fork ended by 15')
+        self.assertLogged('blocked 0, ignored 0')
+        self.assertLogged('files 0 1 2 3')      # 3 is the folder that ls reads
+        self.submit()
+        self.assertDelivered([A], 2)
+        self.terminate(process)
+
     def test_a_bad_ini_at_sighup_does_not_end_it(self):
         self.ini()
         process = self.run_service()
@@ -205,6 +285,12 @@ class Service(ProgramCase):
         self.assertLogged('not reloaded', 'prot')
         self.submit()
         self.assertDelivered([A])
+        self.terminate(process)
+
+    def test_a_service_without_a_stderr_starts_with_warnings_too(self):
+        self.ini(accounts={SENDER: self.account(smtpusername='me')})
+        process = self.run_service(before=('-c', CLOSED_STDERR))
+
         self.terminate(process)
 
     def test_kill_9_loses_nothing(self):
@@ -266,11 +352,6 @@ class Service(ProgramCase):
 
 
 class Upgrade(ProgramCase):
-
-    def install(self):
-        """Puts the program where 1.x was: in the folder with its ini."""
-        for name in FILES:
-            shutil.copy(os.path.join(TOP, name), self.folder)
 
     def test_an_installation_of_1_6_works_with_new_files(self):
         self.install()

@@ -1,5 +1,6 @@
 """The whole of it: start, reload and stop, as its owner sees them."""
 import contextlib
+import io
 import os
 import socket
 import ssl
@@ -165,6 +166,19 @@ class Certificate(ProxyCase):
         self.assertEqual(before, self.certificate())
         self.assertLogged('ERROR', 'not reloaded', 'tls.pem')
 
+    def test_a_tls_port_whose_certificate_is_gone_refuses(self):
+        self.serve_tls()
+        address = self.proxy.server.listeners[1].getsockname()
+        self.ini()
+
+        self.proxy.reload()
+
+        with Client(address) as client:
+            self.assertEqual(421, client.reply()[0])
+        self.assertLogged('WARNING', 'tlscert is gone', '421', address[1])
+        self.submit()
+        self.assertDelivered([A])
+
     def test_starttls_and_the_tls_port_take_mail(self):
         self.serve_tls()
         trust = ssl.create_default_context(cafile=CERTIFICATE)
@@ -178,6 +192,81 @@ class Certificate(ProxyCase):
             other.reply()
             self.submit(client=other)
         self.upstream.wait(2)
+
+
+class Flawed(ProxyCase):
+    """A mail of an earlier version whose envelope is refused today."""
+
+    def leave(self, sender, to):
+        """Such a mail in msgs/; returns its id."""
+        self.stop()
+        spool = smtpproxy.Spool(self.path('msgs'))
+        spool.open()
+        draft = spool.draft(sender, [to], {})
+        draft.write(b'Subject: old\r\n\r\nhello\r\n')
+        draft.seal()
+        draft.commit()
+        spool.close()
+        return draft.id
+
+    def restart(self, **config):
+        self.stop()
+        self.write('smtpproxy.log', '')
+        self.start(config)
+
+    def assertParked(self, id, bad):
+        line = self.assertLogged('ERROR', id, 'refused for good', '<%s>' % bad)
+        self.assertIn('subject old', line)
+        self.assertIn(bad, self.command('--queue'))
+        self.assertIn('parked', self.command('--queue'))
+
+    def command(self, *arguments):
+        """stdout of a command of the owner."""
+        out = io.TextIOWrapper(io.BytesIO(), 'utf-8')
+        with contextlib.redirect_stdout(out):
+            self.assertEqual(0, smtpproxy.main(
+                ['--config', self.path('smtpproxy.ini'), *arguments]))
+        out.flush()
+        return out.buffer.getvalue().decode()
+
+    def test_it_is_parked_and_said_and_never_sent(self):
+        for bad, sender, to in (('@r:' + SENDER, '@r:' + SENDER, A),
+                                ('a"b@x', 'a"b@x', A),
+                                ('a@x"', SENDER, 'a@x"')):
+            with self.subTest(bad):
+                id = self.leave(sender, to)
+                self.restart(deleteonerror='true')
+                self.assertParked(id, bad)
+        self.assertFalse(os.path.exists(self.path('msgs', 'corrupt')))
+        self.assertSpooled(3)
+        self.submit()
+        self.upstream.wait(1)
+        self.assertEqual([SENDER], [m.sender for m in self.upstream.mails])
+
+    def test_the_owner_may_look_at_it_ask_again_and_delete_it(self):
+        id = self.leave('@r:' + SENDER, A)
+        self.restart()
+        self.assertParked(id, '@r:' + SENDER)
+        self.assertIn('hello', self.command('--show', id))
+        self.write('smtpproxy.log', '')
+
+        self.command('--retry', id)
+        self.assertParked(id, '@r:' + SENDER)
+        self.command('--delete', id)
+
+        self.assertSpooled(0)
+        self.assertEqual([], self.upstream.mails)
+
+    def test_a_restart_is_silent_about_it(self):
+        id = self.leave(SENDER, 'a@x"')
+        self.restart()
+        self.assertParked(id, 'a@x"')
+
+        self.restart()
+
+        self.submit()
+        self.upstream.wait(1)
+        self.assertNotLogged(id)
 
 
 class SecondStart(ProxyCase):

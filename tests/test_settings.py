@@ -268,8 +268,14 @@ class Mistakes(SettingsCase):
         ('config', 'port=-1', 'whole number'),
         ('config', 'sleeptime=', 'whole number'),
         ('config', 'sleeptime=1.5', 'whole number'),
-        ('config', 'timeout=0', 'at least 1'),
-        ('config', 'maxsize=0', 'at least 1'),
+        ('config', 'sleeptime=0', 'from 1 to 86400'),
+        ('config', 'timeout=0', 'from 1 to 86400'),
+        ('config', 'timeout=86401', 'from 1 to 86400'),
+        ('config', 'maxsize=0', 'from 1 to 10000000000'),
+        ('config', 'maxsize=1' + '0' * 5000, 'to 10000000000'),
+        ('config', 'maxconnections=10001', 'to 10000'),
+        ('config', 'retrydays=366', 'to 365'),
+        ('config', 'tlsport=65536', '65535'),
         ('config', 'deleteonerror=maybe', 'true or false'),
         ('config', 'allow=192.168.1.0/33', 'any'),
         ('config', 'allow=home', 'any'),
@@ -277,6 +283,9 @@ class Mistakes(SettingsCase):
         ('config', 'user=no-such-user', 'not known'),
         ('config', 'tlsport=465', 'tlscert'),
         ('logging', 'level=LOUD', 'WARNING'),
+        ('default', 'smtpport=65536', '65535'),
+        ('default', 'popport=65536', '65535'),
+        ('default', 'smtpconnections=101', 'from 1 to 100'),
         ('default', 'smtpsecurity=starttls', 'none, tls, ssl'),
         ('default', 'smtpauth=ntlm', 'cram-md5'),
         ('default', 'replyto=me', 'mail address'),
@@ -490,6 +499,34 @@ class Warnings(SettingsCase):
         warnings = self.warnings('[a@b]\nsmtphost=mx\nsmtpusername=x\n')
 
         self.assertIn('[a@b] has smtpusername or smtppassword', warnings)
+
+    OF_1_X = (('config', 'sleeptime', 86400), ('config', 'debuglevel', 2),
+              ('config', 'waitafterpop', 3600),
+              ('logging', 'size', 1000000000), ('logging', 'count', 1000),
+              ('a@b', 'popcheckdelay', 86400))
+
+    def test_a_number_of_1_x_that_is_too_large_is_brought_down(self):
+        for section, key, most in self.OF_1_X:
+            for number in str(most + 1), '1' + '0' * 17, '1' + '0' * 5000:
+                with self.subTest(key, digits=len(number)):
+                    text = self.ini(section, key, number)
+                    self.assertIn('[%s] %s = %s' % (section, key, number),
+                                  self.warnings(text))
+                    settings = self.load(text)
+                    self.assertEqual(most, getattr(settings.accounts.get(
+                        section, getattr(settings, section, None)), key))
+
+    @staticmethod
+    def ini(section, key, value):
+        """One with an account, without a warning if the value is fine."""
+        return '[%s]\n%s=%s\n%s' % (section, key, value, (
+            '' if section == 'a@b' else '[a@b]\n') + 'smtphost=mx\n')
+
+    def test_the_largest_number_itself_is_no_warning(self):
+        for section, key, most in self.OF_1_X:
+            with self.subTest(key):
+                self.assertEqual('', self.warnings(
+                    self.ini(section, key, most)))
 
     def test_an_ini_without_an_account(self):
         self.assertIn('no account', self.warnings('[config]\n'))
