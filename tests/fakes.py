@@ -1,6 +1,7 @@
 """Remote ends for the tests, independent of smtps.py and smtpproxy.py, so
 that a shared misreading of an RFC shows: FakeSMTP and FakePOP to deliver to,
-a Client to send with, a Clock, TLS for localhost, and wait_until.
+a FakeTokenServer to sign in at by OAuth2 and a FakeProxy on the way to it, a
+Client to send with, a Clock, TLS for localhost, and wait_until.
 
 FakeSMTP and FakePOP follow a script, a dict: how a command begins, in any
 case (the longest that fits counts) -> the reply. '' is the greeting, '.' the
@@ -20,15 +21,19 @@ command in the wrong place is refused without a look at the script.
 import base64
 import collections
 import contextlib
+import hashlib
 import hmac
+import json
 import os
 import re
+import select
 import socket
 import ssl
 import struct
 import threading
 import time
 import types
+import urllib.parse
 import warnings
 
 CERTIFICATE = os.path.join(os.path.dirname(__file__), 'localhost.pem')
@@ -556,6 +561,206 @@ class FakePOP(Fake):
 
     def __init__(self, script=None, users=None, tls=None, **options):
         super().__init__(script, users, tls, implicit=bool(tls), **options)
+
+
+# --- OAuth2 -----------------------------------------------------------------
+
+GRANTS = {'refresh_token': 'refresh', 'authorization_code': 'code',
+          'client_credentials': 'app',
+          'urn:ietf:params:oauth:grant-type:device_code': 'poll'}
+
+
+class Request(types.SimpleNamespace):
+    """what (a key of the script), path, form (dict), headers (dict, names in
+    lower case), time."""
+
+
+def http(status, body, more=''):
+    """A whole answer; body: bytes, or what becomes JSON."""
+    kind = 'text/html'
+    if not isinstance(body, bytes):
+        body, kind = json.dumps(body).encode(), 'application/json'
+    return ('HTTP/1.1 %d x\r\nContent-Type: %s\r\nContent-Length: %d\r\n'
+            '%s\r\n' % (status, kind, len(body), more)).encode() + body
+
+
+class TokenConversation(Conversation):
+    """One request and its answer."""
+
+    def run(self):
+        try:
+            if self.server.implicit:
+                self.begin_tls()
+            request = self.read_request()
+            self.line = request.what
+            self.server.record('requests', request)
+            reply = self.choose(None)
+            if reply is None:
+                reply = self.server.usual(request)
+            self.say(self.octets(reply))
+        except OSError:
+            pass
+        finally:
+            self.close()
+            self.server.talking.remove(self)
+
+    def read_request(self):
+        method, target, _ = self.read_text().split(' ')
+        headers = {}
+        for line in iter(self.read_text, ''):
+            name, _, value = line.partition(':')
+            headers[name.lower()] = value.strip()
+        body = self.file.read(int(headers.get('content-length', 0)))
+        form = dict(urllib.parse.parse_qsl(body.decode(), True))
+        if method != 'POST' or headers.get('content-type') != (
+                'application/x-www-form-urlencoded'):
+            self.server.record('violations', '%s %s' % (method, headers))
+        what = 'start' if target == '/device' else GRANTS.get(
+            form.get('grant_type'), '?')
+        return Request(what=what, path=target, form=form, headers=headers,
+                       time=self.server.clock())
+
+    @staticmethod
+    def octets(reply):
+        if isinstance(reply, bytes):
+            return reply
+        if isinstance(reply, int):
+            return http(reply, b'<html>%d</html>' % reply)
+        if isinstance(reply, str):
+            error, _, words = reply.partition(' ')
+            return http(401 if error == 'invalid_client' else 400, {
+                'error': error, 'error_description': words})
+        return http(200, reply)
+
+
+class FakeTokenServer(Fake):
+    """An OAuth2 authorization server for one user: /device and /token, plain
+    HTTP unless implicit. It rotates refresh tokens, and who shows an old one
+    loses the grant (reused counts that).
+
+    The script's keys: start (device authorization), poll, code, refresh, app.
+    Its replies: a str is an error with its description behind a blank, an int
+    a page with that status, a dict JSON, bytes a whole answer; see http().
+
+    clients: {id: secret or ''}; expires: seconds of an access token; rotate:
+    False sends no new refresh token. Records: requests (of Request)."""
+    TALK, AWAITED = TokenConversation, 'requests'
+
+    def __init__(self, script=None, clients=None, expires=3600, rotate=True,
+                 **options):
+        self.clients = {'id': ''} if clients is None else clients
+        self.expires, self.rotate = expires, rotate
+        self.requests, self.count, self.reused = [], 0, 0
+        self.live, self.spent, self.codes = set(), set(), {}
+        super().__init__(script, **options)
+
+    def url(self, path):
+        return '%s://%s:%d%s' % ('https' if self.implicit else 'http',
+                                 'localhost' if self.implicit else self.host,
+                                 self.port, path)
+
+    def asked(self, what):
+        """The requests of a kind."""
+        return [r for r in self.requests if r.what == what]
+
+    def usual(self, request):
+        form = request.form
+        secret = self.clients.get(form.get('client_id'))
+        if secret is None or form.get('client_secret', '') != secret:
+            return 'invalid_client'
+        with self.changed:
+            return getattr(self, 'do_' + request.what, self.do_unknown)(form)
+
+    def do_unknown(self, _):
+        return 'unsupported_grant_type'
+
+    def do_start(self, _):
+        return {'device_code': 'device-code-1', 'user_code': 'ABCD-EFGH',
+                'verification_uri': self.url('/verify'), 'expires_in': 900}
+
+    def do_poll(self, form):
+        return self.issue() if form.get('device_code') == 'device-code-1' \
+            else 'invalid_grant'
+
+    def do_app(self, form):
+        return self.issue(False) if form.get('client_secret') \
+            else 'unauthorized_client'
+
+    def do_refresh(self, form):
+        token = form.get('refresh_token')
+        if token in self.spent:
+            self.reused += 1
+            self.live.clear()
+        if token not in self.live or not form.get('scope'):
+            return 'invalid_grant no such token'
+        if self.rotate:
+            self.live.discard(token)
+            self.spent.add(token)
+        return self.issue(self.rotate)
+
+    def do_code(self, form):
+        challenge, redirect = self.codes.pop(form.get('code'), ('', ''))
+        digest = hashlib.sha256(form.get('code_verifier', '').encode())
+        right = base64.urlsafe_b64encode(digest.digest()).rstrip(b'=')
+        if challenge != right.decode() or redirect != form['redirect_uri']:
+            return 'invalid_grant'
+        return self.issue()
+
+    def issue(self, refresh=True):
+        """New tokens."""
+        self.count += 1
+        answer = {'access_token': 'access-%d' % self.count,
+                  'token_type': 'Bearer', 'expires_in': self.expires}
+        if refresh:
+            answer['refresh_token'] = 'refresh-%d' % self.count
+            self.live.add(answer['refresh_token'])
+        return answer
+
+    def consent(self, address, **instead):
+        """What the browser is sent to once the user has said yes at the
+        authorization address; instead: other parameters for it."""
+        query = dict(urllib.parse.parse_qsl(
+            urllib.parse.urlsplit(address).query))
+        code = 'code-%d' % (len(self.codes) + 1)
+        if query['code_challenge_method'] == 'S256':
+            self.codes[code] = query['code_challenge'], query['redirect_uri']
+        found = dict({'code': code, 'state': query['state']}, **instead)
+        return query['redirect_uri'] + '?' + urllib.parse.urlencode(found)
+
+
+class ProxyConversation(Conversation):
+    """CONNECT, and then whatever comes, both ways."""
+
+    def run(self):
+        try:
+            self.server.record('commands', self.read_text())
+            headers = list(iter(self.read_text, ''))
+            self.server.record('logins', [h for h in headers if 'asic' in h])
+            with socket.create_connection(self.server.target, 10) as far:
+                self.socket.sendall(b'HTTP/1.1 200 ok\r\n\r\n')
+                self.copy(far)
+        except OSError:
+            pass
+        finally:
+            self.close()
+            self.server.talking.remove(self)
+
+    def copy(self, far):
+        while True:
+            for end in select.select([self.socket, far], [], [], 10)[0]:
+                data = end.recv(65536)
+                if not data:
+                    return
+                (far if end is self.socket else self.socket).sendall(data)
+
+
+class FakeProxy(Fake):
+    """An HTTP proxy that leads to target, wherever it is asked to."""
+    TALK, AWAITED = ProxyConversation, 'commands'
+
+    def __init__(self, target):
+        self.target = target
+        super().__init__()
 
 
 # --- Client -----------------------------------------------------------------
