@@ -1919,9 +1919,10 @@ class Handlers:
 class AccountUnavailable(Exception):
     """The account's server can't be used now: every mail of the account has
     to wait. Its text is for the owner. absent: nobody is there at all
-    (refused, unreachable, unknown name)."""
+    (refused, unreachable, unknown name). wait: seconds in which the server
+    wants to be left alone."""
 
-    absent = False
+    absent, wait = False, 0
 
 
 def explain(error, host):
@@ -2009,10 +2010,7 @@ DENIALS = {                 # RFC 6749 5.2, 8628 3.5, and Microsoft's own
 
 
 class TokenServerAway(AccountUnavailable):
-    """There is no token for now; that passes by itself. wait: seconds until
-    the token server wants to be asked again."""
-
-    wait = 0
+    """There is no token for now; that passes by itself."""
 
 
 class SignInNeeded(AccountUnavailable):
@@ -2313,7 +2311,9 @@ class TokenFile:
                                          perhaps the new tokens
 
     NAME.lock keeps processes apart and is never removed, since another one
-    may have it open. key: Account.grant."""
+    may have it open. NAME.needed says why NAME.json is of no use any more:
+    for the commands, which do not ask the token server. key: Account.grant.
+    """
 
     complained = set()      # folders that have no locks, said already
 
@@ -2324,6 +2324,7 @@ class TokenFile:
         self.path = os.path.join(folder, name + '.json')
         self.new = self.path + '.new'
         self.lock = os.path.join(folder, name + '.lock')
+        self.needed = os.path.join(folder, name + '.needed')
 
     def mark(self):
         """What changes whenever the file does; None: there is no file.
@@ -2376,10 +2377,30 @@ class TokenFile:
         self._sync()
         return self.mark()
 
+    def note(self, case, why):
+        """Leaves word that a person is needed in this case (str)."""
+        import json
+        with contextlib.suppress(OSError):      # the log says it, too
+            self._remove(self.needed)
+            with open(os.open(self.needed, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                              | os.O_NOFOLLOW, 0o600), 'wb') as file:
+                file.write(json.dumps({'case': case, 'why': why}).encode())
+
+    def noted(self, case):
+        """Why a person is needed in this case; '' if that is not so."""
+        try:
+            with open(os.open(self.needed, os.O_RDONLY | os.O_NOFOLLOW
+                              | os.O_NONBLOCK), 'rb') as file:
+                found = parsed(file.read(ANSWER_SIZE))
+        except OSError:
+            return ''
+        return smtps.plain(str(found.get('why', ''))) if (
+            found.get('case') == case) else ''
+
     def remove(self):
         """Raises OSError."""
-        self._remove(self.path)
-        self._remove(self.new)
+        for path in self.path, self.new, self.needed:
+            self._remove(path)
         if os.path.isdir(self.folder):
             self._sync()
 
@@ -2507,7 +2528,8 @@ class Grant:
                 self._look()
             finally:
                 self.renewing.release()
-        tokens, dead = self._tokens, self._dead
+        tokens = self._tokens
+        dead = self._dead or self.file.noted(self._case())
         if not tokens and self.account.oauthflow != 'app':
             return State('not signed in', '%s: %s' % (
                 self._problem or 'not signed in', self.command))
@@ -2526,6 +2548,10 @@ class Grant:
         """What the owner has to type."""
         import shlex
         return '--login ' + shlex.quote(self.section)
+
+    def is_dead(self):
+        """Has a person to sign in before there is a token?"""
+        return bool(self._dead)
 
     # For the relay's round.
 
@@ -2597,15 +2623,22 @@ class Grant:
     def _look(self):
         """Reads the file if it is not what we know; returns whether. That
         brings a dead sign-in back to life."""
+        mark, problem = None, ''
         try:
             mark = self.file.mark()
-        except OSError:
+        except OSError as error:
             if self._tokens:
                 return False            # a disk is away: not the sign-in
-            mark = None
+            if not isinstance(error, FileNotFoundError):
+                problem = '%s cannot be read: %s' % (
+                    self.file.folder, error.strerror)
         if mark == self._mark:
             return False
-        self._mark, self._tokens, self._problem = mark, None, ''
+        had, self._tokens = self._tokens, None
+        self._mark, self._problem = mark, problem
+        if had and not mark:
+            log.warning('sign-in of [%s]: it is gone: %s', self.section,
+                        self.command)
         try:
             self._tokens = self.file.read() if mark else None
         except (OSError, ValueError) as error:
@@ -2715,8 +2748,14 @@ class Grant:
     def _die(self, why):
         """No more requests until the file changes, or retry()."""
         self._dead = why
+        self.file.note(self._case(), why)
         self._log_dead()
         raise self._needed()
+
+    def _case(self):
+        """What a note is about: this file, and these keys of the ini."""
+        return '%s %08x' % (self._mark, zlib.crc32(
+            repr(tuple(self.account)).encode()))
 
     def _log_dead(self):
         self._said = self.clock()
@@ -2756,6 +2795,16 @@ class Grants:
 
     def __iter__(self):
         return (self._all[key] for key in self._present)
+
+    def needed(self):
+        """{Account.grant: (section, what has to be done)} of those that need
+        a person."""
+        found = {}
+        for grant in self:
+            state = grant.state()
+            if state.name in ('not signed in', 'needed'):
+                found[grant.account.grant] = grant.section, state.text
+        return found
 
     def renew_idle(self):
         """For the relay's round."""
@@ -3063,6 +3112,69 @@ MECHANISMS = {'cram-md5': auth_cram_md5, 'plain': auth_plain,
               'login': auth_login}
 
 
+AUTH_LINE = 512             # octets of a command, RFC 5321 4.5.3.1.4
+
+
+def auth_xoauth2(ask, account, token):
+    """Google's own; Microsoft has no other."""
+    return present(ask, 'AUTH XOAUTH2', xoauth2(account, token), '')
+
+
+def auth_oauthbearer(ask, account, token):
+    """RFC 7628."""
+    return present(ask, 'AUTH OAUTHBEARER', oauthbearer(account, token),
+                   smtps.encoded64('\1'))
+
+
+def present(ask, command, response, apology):
+    """A token, in two steps where one line would be too long: Dovecot takes
+    no longer one. A 334 behind it is a refusal with details, which wants to
+    hear the apology before it says 535."""
+    response = smtps.encoded64(response)
+    line = command + ' ' + response
+    if len(line) + 2 <= AUTH_LINE:
+        code, text = ask(line)
+    else:
+        code, text = ask(command)
+        if code == 334:
+            code, text = ask(response)
+    if code != 334:
+        return code, text
+    try:
+        code, text = ask(apology)
+    except OSError:
+        return 535, text                # it has hung up, which says the same
+    return code if 400 <= code < 500 else 535, text
+
+
+# The same for accounts with oauth: function(ask, account, token).
+TOKEN_MECHANISMS = {'xoauth2': auth_xoauth2, 'oauthbearer': auth_oauthbearer}
+
+
+class TokenRefused(AccountUnavailable):
+    """The server does not take this token; perhaps it takes a new one."""
+
+    def __init__(self, text, token):
+        super().__init__(text)
+        self.token = token
+
+
+def token_advice(reply, account, command):
+    """What to do about a refused token. command: what signs in again."""
+    if 'smtpclientauthentication is disabled' in reply.lower():
+        return ('SMTP AUTH is switched off there, no other sign-in helps; the '
+                'administrator switches it on in Exchange Online PowerShell: '
+                'Set-CASMailbox -Identity %s -SmtpClientAuthenticationDisabled'
+                ' $false' % account.smtpusername)
+    if '5.7.139' in reply:
+        return ('a policy of the organization forbids this login, no other '
+                'sign-in helps; the administrator has to allow it for this '
+                'mailbox (Conditional Access, security defaults, a locked '
+                'account)')
+    return ('is %s the mailbox of whom signed in, and may the app send mail '
+            'for it? to sign in again: %s' % (account.smtpusername, command))
+
+
 class PopDialogue:
     """Mixed into poplib's classes: replies are bounded, and the dialogue goes
     to our log, without secrets."""
@@ -3120,6 +3232,22 @@ def secrets_of(account):
         for form in sorted(forms, key=len, reverse=True)) or '(?!)')
 
 
+PIECE = 12                  # characters that are no coincidence
+
+
+def without_pieces(text, secrets):
+    """text without any piece of these secrets, which are so long that a
+    server wraps and cuts what it repeats of them."""
+    def veil(match):
+        run = match[0]
+        size = min(len(run), PIECE)
+        pieces = {run[i:i + size] for i in range(len(run) - size + 1)}
+        return '***' if any(secret in run or any(
+            piece in secret for piece in pieces) for secret in secrets) \
+            else run
+    return re.sub(r'[\w.~+/-]{8,}', veil, text) if secrets else text
+
+
 def context_of(account):
     """The ssl.SSLContext for an account's servers."""
     return smtps.client_context(account.tlscafile, account.tlsverify,
@@ -3130,22 +3258,62 @@ class SignIn:
     """What one account asks before it takes mail. All connections of the
     account share it, each from a thread of its own. The lock lets one of them
     sign in by POP at a time; the time of the last login is set only under it.
+    All else is set in one step.
 
-    clock: callable() -> seconds; pause: callable(seconds)."""
+    clock: callable() -> seconds; pause: callable(seconds); grants: the Grants
+    that an account with oauth is in."""
 
-    def __init__(self, account, clock=time.monotonic, pause=time.sleep):
-        self.account = account
+    def __init__(self, account, clock=time.monotonic, pause=time.sleep,
+                 grants=None):
+        self.account, self._grants = account, grants
         self._clock, self._pause = clock, pause
         self._pop_lock = threading.Lock()
         self._pop_time = None       # of the last login
         self._secrets = secrets_of(account)
+        self._told = ()             # of tokens: what nobody may see
+        self._renewed = None        # the token that replaced a refused one,
+                                    # as long as it was not taken itself
 
     # Secrets.
 
     def redact(self, text):
-        """text without the account's passwords: some servers repeat what they
-        were told."""
-        return self._secrets.sub('***', text)
+        """text without the account's passwords and tokens: some servers
+        repeat what they were told."""
+        return without_pieces(self._secrets.sub('***', text), self._told)
+
+    def _remember(self, token):
+        """Has redact() veil a token, as long as two more take its place."""
+        account = self.account
+        forms = [token] + [smtps.encoded64(form) for form in (
+            token, xoauth2(account, token), oauthbearer(account, token))]
+        if token not in self._told:
+            self._told = tuple(forms) + self._told[:2 * len(forms)]
+
+    # OAuth2.
+
+    def token(self, refused=None):
+        """The token to log in with, None without oauth. refused: the one that
+        the server has just refused. Raises TokenServerAway, SignInNeeded."""
+        if not self.account.oauth:
+            return None
+        token = self._grant().access_token(refused)
+        self._remember(token)
+        if refused is not None:
+            self._renewed = token
+        return token
+
+    def is_dead(self):
+        """Whether a person has to sign in before a token can be had."""
+        return bool(self.account.oauth) and self._grant().is_dead()
+
+    def retry(self):
+        """The owner wants another try, whatever we know."""
+        self._renewed = None
+        if self.account.oauth:
+            self._grant().retry()
+
+    def _grant(self):
+        return self._grants.of(self.account)    # a reload may replace it
 
     # POP before SMTP.
 
@@ -3191,14 +3359,37 @@ class SignIn:
 
     # SMTP AUTH.
 
-    def by_auth(self, delivery):
-        """One mechanism after the other until one is taken. delivery: a
-        smtps.Delivery behind its hello(). Raises AccountUnavailable,
-        OSError."""
-        account, answers = self.account, []
-        if not (account.smtpusername and account.smtppassword):
+    def by_auth(self, delivery, token=None):
+        """The login, if the account has one. delivery: a smtps.Delivery
+        behind its hello(); token: for an account with oauth. Raises
+        TokenRefused, AccountUnavailable, OSError."""
+        if token is not None:
+            self._by_token(delivery, token)
+        elif self.account.smtpusername and self.account.smtppassword:
+            self._by_password(delivery)
+
+    def _by_token(self, delivery, token):
+        """A token that was refused is worth a new one, but not one after the
+        other: providers call that a loop and close the door."""
+        account = self.account
+        name = self._mechanisms(delivery, TOKEN_MECHANISMS)[0]
+        code, text = TOKEN_MECHANISMS[name](delivery.ask, account, token)
+        if code == 235:
+            self._renewed = None
             return
-        for name in self._mechanisms(delivery):
+        reply = '%s: %d %s' % (name, code, self.redact(smtps.plain(text)))
+        why = 'login at %s as %s refused (%s)%s' % (
+            account.server, account.smtpusername, reply,
+            ': ' + token_advice(reply, account, self._grant().command)
+            if code == 535 else '')
+        if code == 535 and '5.7.139' not in reply and token != self._renewed:
+            raise TokenRefused(why, token)
+        raise AccountUnavailable(why)
+
+    def _by_password(self, delivery):
+        """One mechanism after the other until one is taken."""
+        account, answers = self.account, []
+        for name in self._mechanisms(delivery, MECHANISMS):
             code, text = MECHANISMS[name](
                 delivery.ask, account.smtpusername, account.smtppassword)
             if code == 235:
@@ -3214,16 +3405,17 @@ class SignIn:
             'smtppassword' % (account.server, account.smtpusername,
                               '; '.join(answers)))
 
-    def _mechanisms(self, delivery):
+    def _mechanisms(self, delivery, known):
         """Names, best first. Raises AccountUnavailable."""
         if self.account.smtpauth != 'auto':
             return [self.account.smtpauth]
         offered = (delivery.offers('auth') or '').lower().split()
-        names = [name for name in MECHANISMS if name in offered]
+        names = [name for name in known if name in offered]
         if not names:
             raise AccountUnavailable(
-                '%s offers no login that we know (%s)%s' % (
-                    self.account.server, ' '.join(offered) or 'none at all',
+                '%s offers no login %s (%s)%s' % (
+                    self.account.server, 'by OAuth2' if self.account.oauth
+                    else 'that we know', ' '.join(offered) or 'none at all',
                     '; smtpsecurity=tls, perhaps?'
                     if self.account.smtpsecurity == 'none' else ''))
         return names
@@ -3285,7 +3477,7 @@ class Courier:
     def __init__(self, account, sign_in, config):
         self.account, self.sign_in, self.config = account, sign_in, config
         self.upcoming = None
-        self._delivery = None
+        self._delivery = self._token = None
 
     @property
     def connected(self):
@@ -3358,15 +3550,29 @@ class Courier:
             return
         self.close()
         self.sign_in.by_pop(self.config)
-        for stage, step in (('connect', self._open), ('EHLO', self._hello),
-                            ('STARTTLS', self._start_tls),
-                            ('login', self._log_in)):
+        try:
+            self._get_there()
+        except TokenRefused as error:   # it may have ended before its time
+            self.close()
+            self._get_there(error.token)
+
+    def _get_there(self, refused=None):
+        """refused: a token that the server does not take any more. Raises
+        AccountUnavailable."""
+        for stage, step in (
+                ('sign-in', functools.partial(self._get_token, refused)),
+                ('connect', self._open), ('EHLO', self._hello),
+                ('STARTTLS', self._start_tls), ('login', self._log_in)):
             try:
                 step()
             except AccountUnavailable:
                 raise
             except Exception as error:
                 raise self._unavailable(stage, error) from error
+
+    def _get_token(self, refused):
+        """First of all: no server waits for another one."""
+        self._token = self.sign_in.token(refused)
 
     def _open(self):
         account = self.account
@@ -3391,7 +3597,7 @@ class Courier:
         self._delivery.start_tls(context_of(self.account))
 
     def _log_in(self):
-        self.sign_in.by_auth(self._delivery)
+        self.sign_in.by_auth(self._delivery, self._token)
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""
@@ -3564,15 +3770,16 @@ class Destination(MailQueue):
     sleeps until the next mail's time comes, and ends when there is none. More
     than one connection is made only while a backlog lasts, and only after the
     first one has got through. When the account can't be used (`why` says it)
-    nothing is tried before `not_before`.
+    nothing is tried before `not_before`; that is FOREVER if a person has to
+    sign in first.
     """
 
-    def __init__(self, account, clock, deliver):
+    def __init__(self, account, clock, deliver, grants):
         """account: Account.connection; deliver: callable(Destination), the
-        life of a delivery thread."""
+        life of a delivery thread; grants: the Grants, for its SignIn."""
         super().__init__(clock)
         self.account, self.deliver = account, deliver
-        self.sign_in = SignIn(account, clock)
+        self.sign_in = SignIn(account, clock, grants=grants)
         self.not_before, self.why = 0.0, ''
         self.absent = False         # nobody was there: see AccountUnavailable
         self.failures = 0           # of the account, one after the other
@@ -3597,6 +3804,7 @@ class Destination(MailQueue):
                 if one in self.due:
                     self._schedule(one, 0.0, first=bool(id))
             self.not_before, self.absent = 0.0, False
+            self.sign_in.retry()
             self.start_threads()
             self.changed.notify_all()
 
@@ -3671,7 +3879,8 @@ class Destination(MailQueue):
 
     def _until_next(self):
         if self.not_before:
-            return max(0.0, self.not_before - self.clock())
+            return min(max(0.0, self.not_before - self.clock()),
+                       threading.TIMEOUT_MAX)
         return super()._until_next()
 
     def _wants_thread(self):
@@ -3707,6 +3916,7 @@ class Relay:
     def __init__(self, spool, settings, handlers, clock=time.monotonic):
         self.spool, self.clock = spool, clock
         self.settings, self.handlers = settings, handlers
+        self.grants = Grants(settings, clock)
         self.unrouted = MailQueue(clock)
         self.destinations = {}          # {Account.connection: Destination}
         self._dissolved = []            # not in the ini any more, but a thread
@@ -3737,6 +3947,7 @@ class Relay:
 
     def reload(self, settings, handlers):
         """New settings; all that waits is tried at once, parked or not."""
+        self.grants.reload(settings)    # first: threads ask them by settings
         self.settings, self.handlers = settings, handlers
         self._reloaded = True
         self.wake()
@@ -3757,6 +3968,7 @@ class Relay:
             self._thread.join(grace)
         left = [id for queue_ in self.queues()
                 for id in queue_.join(end - time.monotonic())]
+        self.grants.finish(end - time.monotonic())
         if left:
             log.warning('stopped during a delivery: %s; it will be tried '
                         'again', ', '.join(left))
@@ -3801,9 +4013,21 @@ class Relay:
         self.spool.bury()
         for path, id, what in self.spool.asked():
             self._serve_request(path, id, what)
+        self.grants.renew_idle()
         for destination in list(self.destinations.values()):
+            if destination.not_before == FOREVER:
+                self._look_after_sign_in(destination)
             destination.start_threads()
         self._dissolved = [one for one in self._dissolved if one.in_hand]
+
+    def _look_after_sign_in(self, destination):
+        """Of an account that waits for a person. Time goes on for its mail,
+        and a new sign-in ends the wait."""
+        self._park_expired(destination, self.settings)
+        if not destination.sign_in.is_dead():
+            log.info('%s: the sign-in has changed: %d mails are tried now',
+                     destination.account.server, len(destination.due))
+            destination.retry()
 
     def _route(self, id):
         """Gives a mail that this thread has in hand to its destination."""
@@ -3839,7 +4063,8 @@ class Relay:
         found = self.destinations.get(account.connection)
         return found or self.destinations.setdefault(
             account.connection, Destination(
-                account.connection, self.clock, self._deliver_all))
+                account.connection, self.clock, self._deliver_all,
+                self.grants))
 
     def _load(self, id, queue_, to_send=True):
         """The Mail of an id that this thread has in hand. None if it can't be
@@ -4082,6 +4307,8 @@ class Relay:
             return False
         if destination.closed and not self.unrouted.closed:
             self._let_go(mail.id, destination)
+        elif isinstance(error, SignInNeeded):
+            self._await_sign_in(destination, mail, error, settings)
         elif settings.config.deleteonerror:
             report = smtps.Report(mail.to)
             report.give_up(str(error))
@@ -4090,6 +4317,21 @@ class Relay:
         else:
             self._defer_account(destination, mail, error, settings)
         return True
+
+    def _await_sign_in(self, destination, mail, error, settings):
+        """No try before the sign-in changes or the owner asks for one, and
+        not even deleteonerror deletes what waits for that."""
+        destination.defer(FOREVER, str(error), False, 0)
+        self._park_expired(destination, settings)
+        if self.spool.is_older(mail.id, settings.config.retrydays):
+            self._park(mail, destination.why, settings)
+            destination.done(mail.id)
+            return
+        mail.problem, mail.due, mail.handled = destination.why, 0.0, True
+        self.spool.save(mail)
+        log.warning('%s: not delivered: %s; it waits for that with %d more '
+                    'mails', mail.id, mail.problem, len(destination.due))
+        self._let_go(mail.id, destination)
 
     def _defer_account(self, destination, mail, error, settings):
         """No mail of the account can go: one of them is tried now and then,
@@ -4101,6 +4343,7 @@ class Relay:
         if not error.absent:
             failures = max(failures, mail.tries) + 1
             wait = back_off(failures, settings.config)
+        wait = max(wait, error.wait)
         destination.defer(self.clock() + wait, why, error.absent, failures)
         self._park_expired(destination, settings)
         if self.spool.is_older(mail.id, settings.config.retrydays):
@@ -4328,10 +4571,9 @@ class Proxy:
         self.drop_rights()
         open_log(self.settings)
         self.found = self.open_spool()
-        for warning in self.settings.warnings:
-            log.warning('%s', warning)
         self.handlers = Handlers(self.settings)
         self.relay = Relay(self.spool, self.settings, self.handlers)
+        self.warn()
         log.info('smtpproxy %s listens on %s; accounts: %d, mails in %s: %d',
                  VERSION, self.ports(), len(self.settings.accounts),
                  config.msgdir, len(self.found))
@@ -4455,11 +4697,17 @@ class Proxy:
         self.settings, self.handlers = new, Handlers(new)
         self.server.limits = limits
         self.relay.reload(new, self.handlers)
-        for warning in new.warnings:
-            log.warning('%s', warning)
+        self.warn()
         log.info('reloaded %s: %d accounts, waiting mail is tried now%s',
                  new.file, len(new.accounts), self.hint)
         self.hint = ''
+
+    def warn(self):
+        """What is odd, or waits for a person, at a start and a reload."""
+        for warning in self.settings.warnings:
+            log.warning('%s', warning)
+        for section, text in self.relay.grants.needed().values():
+            log.warning('[%s] %s', section, text)
 
     def stop(self):
         """Within ten seconds."""
@@ -4475,7 +4723,7 @@ def hand_over_tokens(folder, owner):
     """As root: the folder of sign-ins, made if need be, goes to the user who
     needs it. owner: [uid, gid], -1 for what stays. Raises OSError."""
     os.makedirs(folder, 0o700, exist_ok=True)
-    hand_over(folder, r'\.|.*\.(json|new|lock)', owner)
+    hand_over(folder, r'\.|.*\.(json|new|lock|needed)', owner)
 
 
 def become_owner(config):
@@ -4540,15 +4788,14 @@ def check(settings, options):
 
 
 def show_grants(settings):
-    """Prints the state of each; returns what is to be done, a list of str.
-    """
+    """Prints who is signed in; returns who is not, a list of str."""
     warnings = []
     for grant in Grants(settings):
-        state, text = grant.state()
-        if state == 'signed in':
-            tell('[%s] %s' % (grant.section, text))
+        state = grant.state()
+        if state.name == 'signed in':
+            tell('[%s] %s' % (grant.section, state.text))
         else:
-            warnings.append('[%s] %s' % (grant.section, text))
+            warnings.append('[%s] %s' % (grant.section, state.text))
     return warnings
 
 
@@ -4570,24 +4817,34 @@ def show_queue(settings, options):
         import json
         print(json.dumps(rows, indent=1))   # ASCII, all else is escaped
         return 0
+    needed = Grants(settings).needed()
+    waiting = collections.Counter()     # mails, by what they have to wait for
     line = '%-14s %9s %10s %5s  %-19s  %s'
     tell(line % ('id', 'age', 'size', 'tries', 'next try',
                  'sender -> recipients: last error'))
     for row in rows:
+        account = settings.account_for(row['sender'])
+        grant = account and account.grant
+        waiting[grant] += 1
         tell(line % (row['id'], age_of(row['age']), row['size'],
-                     row['tries'], next_try(row, settings),
+                     row['tries'], next_try(row, settings, grant in needed),
                      '<%s> -> %s%s' % (row['sender'], listed(
                          row['recipients']), row['error'] and (
                              ': ' + row['error']))))
     tell('%d mails' % len(rows))
+    for grant, (section, text) in needed.items():
+        tell('%d of them wait for the sign-in of [%s]: %s' % (
+            waiting[grant], section, text))
     return 0
 
 
-def next_try(row, settings):
+def next_try(row, settings, needs_sign_in):
     """When a mail is tried again, for people. Where nobody was there at all
     that is each sleeptime, and no time of its own is stored."""
     if row['parked']:
         return 'parked'
+    if needs_sign_in:
+        return 'after --login'
     return row['next'] or ('each %d s' % settings.config.sleeptime
                            if row['tries'] else 'soon')
 

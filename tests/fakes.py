@@ -26,6 +26,7 @@ import hmac
 import json
 import os
 import re
+import secrets
 import select
 import socket
 import ssl
@@ -428,6 +429,7 @@ class SMTPConversation(Conversation):
             self.offered = ()
 
     def do_AUTH(self, argument):
+        demand(len(self.line) <= 510, '500 5.5.2 line too long')
         mechanism = argument.upper().partition(' ')[0]
         demand('AUTH' in self.offered, '503 5.5.1 not offered')
         demand(self.user is None and not self.mail, '503 5.5.1 not now')
@@ -464,6 +466,32 @@ class SMTPConversation(Conversation):
         key = (users or {}).get(user, '').encode()
         right = hmac.new(key, challenge.encode(), 'md5').hexdigest()
         return user, users is None or user in users and digest == right
+
+    def auth_XOAUTH2(self, initial):
+        match = re.fullmatch('user=([^\1]*)\1auth=Bearer ([!-~]+)\1\1',
+                             self.ask('', initial))
+        return self.bearer(match, '', {'status': '401', 'schemes': 'bearer'})
+
+    def auth_OAUTHBEARER(self, initial):
+        match = re.fullmatch(
+            'n,a=([^\1]*),\1host=[^\1]+\1port=[0-9]+\1auth=Bearer ([!-~]+)'
+            '\1\1', self.ask('', initial))
+        return self.bearer(match, 'AQ==', {'status': 'invalid_token'})
+
+    def bearer(self, match, apology, details):
+        """Whether a token is right; what is not right gets a challenge, and
+        has to say this apology."""
+        demand(match, '501 5.5.2 not understood')
+        user = match.group(1).replace('=2C', ',').replace('=3D', '=')
+        right = self.knows(user, match.group(2))
+        if not right:
+            self.say('334 ' + base64.b64encode(
+                json.dumps(details).encode()).decode())
+            said = self.read_text()
+            if said != apology:
+                self.server.record('violations', '%r for %r to a challenge'
+                                   % (said, apology))
+        return user, right
 
     def path(self, keyword, argument):
         """The address and the parameters behind MAIL or RCPT."""
@@ -521,8 +549,9 @@ class SMTPConversation(Conversation):
 class FakeSMTP(Fake):
     """An SMTP server that also records mails: those it answered 250 (Mail).
 
-    extensions and mechanisms: what it offers; PLAIN, LOGIN and CRAM-MD5 work,
-    others need a script. require_auth: 530 at MAIL without a login."""
+    extensions and mechanisms: what it offers; PLAIN, LOGIN, CRAM-MD5, XOAUTH2
+    and OAUTHBEARER work (users: {user: password or access token}), others
+    need a script. require_auth: 530 at MAIL without a login."""
     TALK, AWAITED = SMTPConversation, 'mails'
 
     def __init__(self, script=None, extensions=EXTENSIONS,
@@ -633,6 +662,9 @@ class TokenConversation(Conversation):
         return http(200, reply)
 
 
+USER = 'me@example.org'     # the only one it knows
+
+
 class FakeTokenServer(Fake):
     """An OAuth2 authorization server for one user: /device and /token, plain
     HTTP unless implicit. It rotates refresh tokens, and who shows an old one
@@ -643,13 +675,16 @@ class FakeTokenServer(Fake):
     a page with that status, a dict JSON, bytes a whole answer; see http().
 
     clients: {id: secret or ''}; expires: seconds of an access token; rotate:
-    False sends no new refresh token. Records: requests (of Request)."""
+    False sends no new refresh token; size: octets more in an access token.
+    Records: requests (of Request), issued (of access tokens), valid ({USER:
+    the newest of them}, for a FakeSMTP's users)."""
     TALK, AWAITED = TokenConversation, 'requests'
 
     def __init__(self, script=None, clients=None, expires=3600, rotate=True,
                  **options):
         self.clients = {'id': ''} if clients is None else clients
-        self.expires, self.rotate = expires, rotate
+        self.expires, self.rotate, self.size = expires, rotate, 0
+        self.valid, self.issued = {}, []
         self.requests, self.count, self.reused = [], 0, 0
         self.live, self.spent, self.codes = set(), set(), {}
         super().__init__(script, **options)
@@ -709,8 +744,12 @@ class FakeTokenServer(Fake):
     def issue(self, refresh=True):
         """New tokens."""
         self.count += 1
-        answer = {'access_token': 'access-%d' % self.count,
-                  'token_type': 'Bearer', 'expires_in': self.expires}
+        token = 'access-%d' % self.count + secrets.token_urlsafe(
+            self.size)[:self.size]
+        self.valid[USER] = token
+        self.issued.append(token)
+        answer = {'access_token': token, 'token_type': 'Bearer',
+                  'expires_in': self.expires}
         if refresh:
             answer['refresh_token'] = 'refresh-%d' % self.count
             self.live.add(answer['refresh_token'])

@@ -19,9 +19,11 @@ from unittest import mock
 
 import smtpproxy
 from smtpproxy import SignInNeeded, TokenDenied, TokenServerAway
-from tests.case import FolderCase, SENDER
+from tests.case import FolderCase, OTHER, SENDER
 from tests.fakes import (CERTIFICATE, Clock, DROP, FakeProxy, FakeTokenServer,
-                         HANG, RESET, dribble, http, server_tls, wait_until)
+                         HANG, RESET, USER, dribble, http, server_tls,
+                         wait_until)
+from tests.test_relay import RelayCase
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 NOW = 1800000000                # seconds; some day in 2027
@@ -1181,6 +1183,383 @@ class Silence(SignInCase):
         for word in ('access-', 'refresh-', 'device-code-1', 'hush-secret'):
             for form in word, base64.b64encode(word.encode())[:8].decode():
                 self.assertNotIn(form, out.getvalue() + self.log())
+
+
+CLOSED = '535 5.7.139 Authentication unsuccessful, '
+SWITCHED_OFF = CLOSED + 'SmtpClientAuthentication is disabled for the Mailbox'
+NO_OAUTH = '250-fake\n250 AUTH LOGIN PLAIN'
+DAYS = 5                        # retrydays
+ON_THE_WAY = [  # what the servers do, deleteonerror, state, requests,
+                # log line, what becomes of the mail
+    ({}, {}, False, 'signed in', 1, 'renewed', 'sent'),
+    ({}, {'AUTH': ['535 5.7.3 no', None]}, False, 'signed in', 2, 'renewed',
+     'sent'),
+    ({}, {'AUTH': '535 5.7.3 no'}, False, 'signed in', 2,
+     'xoauth2: 535 5.7.3 no): is me@example.org the mailbox', 'waits'),
+    ({}, {'AUTH': '535 5.7.3 no'}, True, 'signed in', 2, 'deleted',
+     'deleted'),
+    ({}, {'AUTH': '454 4.7.0 later'}, False, 'signed in', 1, '454', 'waits'),
+    ({}, {'AUTH': SWITCHED_OFF}, False, 'signed in', 1,
+     'Set-CASMailbox -Identity me@example.org', 'waits'),
+    ({}, {'AUTH': CLOSED + 'user is locked by security defaults'}, False,
+     'signed in', 1, 'policy', 'waits'),
+    ({}, {'EHLO': NO_OAUTH}, False, 'signed in', 1,
+     'no login by OAuth2 (login plain)', 'waits'),
+    ({'refresh': 'invalid_grant'}, {}, False, 'needed', 1,
+     '--login ' + SENDER, 'waits'),
+    ({'refresh': 'invalid_grant'}, {}, True, 'needed', 1,
+     '--login ' + SENDER, 'waits'),
+    ({'refresh': 503}, {}, False, 'away', 1, 'has no time', 'waits'),
+    ({'refresh': 503}, {}, True, 'away', 1, 'has no time', 'deleted'),
+    ({'refresh': http(429, b'', 'Retry-After: 900\r\n')}, {}, False, 'away',
+     1, 'the next one in 900 seconds', 'waits'),
+    ({'refresh': 200}, {}, False, 'away', 1, 'login page', 'waits')]
+
+
+class WireCase(RelayCase):
+    """A relay whose account signs in by OAuth2, with a token that has run
+    out. self.tokens: the token server."""
+
+    def setUp(self):
+        super().setUp()
+        self.tokens = self.serve(FakeTokenServer())
+        self.upstream.users = self.tokens.valid
+        self.upstream.mechanisms = ['PLAIN', 'XOAUTH2']
+        self.upstream.require_auth = True
+        smtpproxy.TokenFile.complained.clear()
+
+    def keys(self, **more):
+        return self.account(**dict(
+            dict(oauth='other', oauthclientid='id', smtpusername=USER,
+                 oauthscope='mail', oauthtokenurl=self.tokens.url('/token'),
+                 oauthauthurl=self.tokens.url('/authorize')), **more))
+
+    def begin(self, signed_in=True, config=(), more=(), **keys):
+        accounts = dict({SENDER: self.keys(**keys)}, **dict(more))
+        if signed_in:
+            self.sign_in(accounts)
+        super().begin(dict(config), accounts)
+
+    def sign_in(self, accounts=None):
+        """As --login does; the access token has run out."""
+        path = self.ini(accounts=accounts) if accounts else self.path(
+            'smtpproxy.ini')
+        with self.tokens.changed:
+            answer = dict(self.tokens.issue(), expires_in=0)
+        for grant in smtpproxy.Grants(smtpproxy.load(path)):
+            grant.store(answer)
+
+    @property
+    def grant(self):
+        return next(iter(self.relay.grants))
+
+    def put_and_wait(self):
+        """A mail that was tried."""
+        id = self.put()
+        wait_until(lambda: id not in self.in_hand() and (
+            not self.spool.load(id) or self.spool.load(id).problem))
+        return id
+
+    def lines(self, *words):
+        return [line for line in self.log().splitlines()
+                if all(word in line for word in words)]
+
+
+class OnTheWay(WireCase):
+
+    def play(self, tokens, smtp, deletes):
+        """The id of a mail that was tried once."""
+        del self.tokens.requests[:], self.upstream.mails[:]
+        self.tokens.script, self.upstream.script = tokens, smtp
+        self.upstream.used.clear()
+        self.begin(config={'deleteonerror': deletes})
+        return self.put_and_wait()
+
+    def test_what_becomes_of_a_mail(self):
+        for tokens, smtp, deletes, state, requests, words, fate in ON_THE_WAY:
+            with self.subTest(str((tokens, smtp))[:70], deletes=deletes):
+                id = self.play(tokens, smtp, deletes)
+
+                self.assertLogged(words)
+                self.assertEqual(state, self.grant.state().name)
+                self.assertEqual(requests, len(self.tokens.requests))
+                self.assertEqual(fate == 'sent', bool(self.upstream.mails))
+                self.assertEqual(fate == 'waits', bool(self.spool.load(id)))
+                self.assertEqual([], self.upstream.violations)
+            self.clear()
+            os.unlink(self.path('smtpproxy.log'))
+
+    def test_who_is_not_signed_in_has_his_mail_kept(self):
+        for deletes in 'false', 'true':
+            with self.subTest(deleteonerror=deletes):
+                self.begin(False, {'deleteonerror': deletes})
+                id = self.put_and_wait()
+
+                self.assertLogged('ERROR', 'not signed in', '--login')
+                self.assertLogged('WARNING', id, 'it waits for that')
+                self.assertIn('not signed in', self.spool.load(id).problem)
+                self.assertEqual(0, self.upstream.connections)
+                self.clear()
+
+    def test_a_dead_sign_in_costs_nothing_and_delays_nobody(self):
+        self.tokens.script['refresh'] = 'invalid_grant'
+        self.begin(more={OTHER: self.account()})
+        self.upstream.require_auth = False
+        self.put_and_wait()
+        for _ in range(20):
+            self.advance(100)
+            self.put()
+
+        self.put(sender=OTHER)
+        self.upstream.wait()
+
+        self.assertEqual(1, len(self.tokens.requests))
+        self.assertEqual((1, 1), (self.upstream.connections,
+                                  len(self.lines('ERROR'))))
+
+    def test_the_owner_is_reminded_daily(self):
+        self.tokens.script['refresh'] = 'invalid_grant'
+        self.begin()
+        self.put_and_wait()
+
+        self.advance(86400)
+
+        wait_until(lambda: len(self.lines('ERROR', '--login')) == 2)
+        self.assertEqual(1, len(self.tokens.requests))
+
+    def test_a_new_sign_in_lets_all_mail_go_without_a_reload(self):
+        self.tokens.script['refresh'] = ['invalid_grant', None]
+        self.begin(config={'deleteonerror': 'true'})
+        self.put_and_wait()
+        self.put()
+
+        self.sign_in()
+        self.advance(1)
+
+        self.assertEqual(2, len(self.upstream.wait(2)))
+        self.assertLogged('the sign-in has changed: 2 mails')
+
+    def test_a_logout_is_noticed(self):
+        self.begin()
+        self.put()
+        self.upstream.wait()
+
+        for grant in smtpproxy.Grants(self.settings):
+            grant.forget()
+        self.advance(1)
+
+        self.assertLogged('WARNING', 'it is gone: --login')
+        self.put_and_wait()
+        self.assertLogged('ERROR', 'not signed in')
+
+    def test_the_owner_may_ask_for_another_try(self):
+        self.tokens.script['refresh'] = 'invalid_grant'
+        self.begin()
+        id = self.put_and_wait()
+
+        for count, ask in enumerate((
+                lambda: self.spool.ask(id, 'retry'), self.reload,
+                lambda: self.spool.ask('all', 'retry')), 2):
+            ask()
+            self.advance(1)
+            wait_until(lambda: len(self.tokens.requests) == count
+                       and not self.in_hand())
+        self.assertTrue(self.spool.load(id))
+
+    def test_mail_that_waits_for_a_person_is_parked_in_the_end(self):
+        self.begin(False, {'retrydays': DAYS, 'deleteonerror': 'true'})
+        ids = [self.put_and_wait(), self.put()]
+
+        self.advance(DAYS * 86400)
+
+        for id in ids:
+            self.assertLogged('ERROR', id, 'not delivered in 5 days')
+            self.assertTrue(self.spool.load(id).parked)
+
+    def test_parked_mail_goes_after_a_new_sign_in(self):
+        self.begin(False, {'retrydays': DAYS})
+        self.put_and_wait()
+        self.advance(DAYS * 86400)
+        self.assertLogged('not delivered in 5 days')
+
+        self.sign_in()
+        with contextlib.redirect_stdout(io.StringIO()):
+            smtpproxy.retry_mails_of(self.settings, self.grant.account)
+        self.advance(1)
+
+        self.upstream.wait()
+
+    def test_the_wait_of_the_token_server_is_kept(self):
+        self.tokens.script['refresh'] = [
+            http(503, b'', 'Retry-After: 900\r\n'), None]
+        self.begin()
+        self.put_and_wait()
+
+        self.advance(890)
+        self.assertEqual(1, len(self.tokens.requests))
+        self.advance(20)
+
+        self.upstream.wait()
+
+    def test_a_token_server_that_is_not_there_is_tried_each_sleeptime(self):
+        self.begin()
+        port, _ = self.tokens.port, self.tokens.close()
+        self.put_and_wait()
+        self.assertLogged('token server', 'the next one each 1 seconds')
+
+        with FakeTokenServer(port=port) as again:
+            again.live, again.count = self.tokens.live, self.tokens.count
+            self.upstream.users = again.valid
+            self.advance_until(lambda: self.upstream.mails, 1)
+
+    def test_new_tokens_refused_are_asked_for_once(self):
+        self.upstream.script['AUTH'] = '535 5.7.3 no'
+        self.begin()
+        self.put_and_wait()
+
+        self.advance_until(lambda: len(self.verbs('AUTH')) > 4, 50)
+
+        self.assertEqual(2, len(self.tokens.requests))
+
+    def test_each_token_that_was_good_once_is_worth_a_new_one(self):
+        self.begin(smtpconnections=1)
+        for count in 1, 2, 3:
+            self.put()
+            self.upstream.wait(count)
+            self.advance(3)
+            wait_until(lambda: not self.upstream.open)
+            self.tokens.valid.clear()           # the server forgets it
+
+        self.assertEqual(3, len(self.tokens.requests))
+
+    def test_a_long_token_goes_in_two_steps(self):
+        for size, words in ((300, 3), (400, 2), (3000, 2)):
+            for name in 'XOAUTH2', 'OAUTHBEARER':
+                with self.subTest(name, size=size):
+                    del self.upstream.commands[:], self.upstream.mails[:]
+                    self.tokens.size = size
+                    self.upstream.mechanisms = [name]
+                    self.begin()
+                    self.put()
+
+                    self.upstream.wait()
+                    self.assertEqual([words], [
+                        len(line.split()) for line in self.verbs('AUTH')])
+                    self.clear()
+
+    def test_the_mechanism_is_xoauth2_unless_another_is_wanted(self):
+        both, one = ['OAUTHBEARER', 'XOAUTH2'], ['LOGIN', 'OAUTHBEARER']
+        for offered, keys, expected in (
+                (both, {}, 'XOAUTH2'), (one, {}, 'OAUTHBEARER'),
+                (both, {'smtpauth': 'oauthbearer'}, 'OAUTHBEARER')):
+            with self.subTest(offered, **keys):
+                del self.upstream.commands[:], self.upstream.mails[:]
+                self.upstream.mechanisms = offered
+                self.begin(**keys)
+                self.put()
+
+                self.upstream.wait()
+                self.assertEqual([expected], [
+                    line.split()[1] for line in self.verbs('AUTH')])
+                self.clear()
+
+    def test_queue_names_who_has_to_sign_in(self):
+        self.tokens.script['refresh'] = 'invalid_grant'
+        self.begin(more={OTHER: self.account()})
+        self.put_and_wait()
+        self.put()
+        out = io.StringIO()
+
+        with contextlib.redirect_stdout(out):
+            smtpproxy.main(['--config', self.path('smtpproxy.ini'),
+                            '--queue'])
+
+        self.assertIn('2 of them wait for the sign-in of [%s]: the sign-in '
+                      'has ended' % SENDER, out.getvalue())
+        self.assertIn('--login ' + SENDER, out.getvalue().splitlines()[-1])
+        self.assertEqual(2, out.getvalue().count('after --login '))
+        self.assertEqual(1, out.getvalue().count('wait for'))
+
+    def test_a_stop_waits_for_the_answer_of_a_renewal(self):
+        self.tokens.delay = 0.5
+        self.begin()
+        self.put()
+        wait_until(lambda: self.tokens.open)
+
+        self.end()
+
+        for grant in smtpproxy.Grants(self.settings):
+            self.assertEqual('access-2', grant.access_token())
+
+    def test_twenty_connections_at_expiry_make_one_request(self):
+        self.tokens.delay = 0.3
+        self.begin(smtpconnections=20)
+        sign_in = smtpproxy.SignIn(self.settings.accounts[SENDER],
+                                   grants=self.relay.grants)
+        found = []
+        threads = [threading.Thread(
+            target=lambda: found.append(sign_in.token()), name='t')
+            for _ in range(20)]
+
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+        self.assertEqual({self.tokens.valid[USER]}, set(found))
+        self.assertEqual(1, len(self.tokens.requests))
+
+
+class Whispers(WireCase):
+    """No token is in the log, whatever a server repeats of it."""
+
+    def echo(self, conversation):
+        """The whole command, and the token in pieces, as long lines are."""
+        token = self.tokens.valid[USER]
+        return ''.join('535-5.7.8 %s\n' % token[start:start + 70]
+                       for start in range(0, len(token), 70)) + (
+            '535 5.7.8 what is %s?' % conversation.line)
+
+    def forms(self, token):
+        """What nobody may see of it: itself and its base64."""
+        account = self.settings.accounts[SENDER]
+        texts = (token, smtpproxy.xoauth2(account, token),
+                 smtpproxy.oauthbearer(account, token))
+        return [token] + [base64.b64encode(text.encode()).decode()
+                          for text in texts]
+
+    def whisper(self, script, **keys):
+        """The log of a mail at the highest debuglevel."""
+        self.upstream.script = script
+        self.begin(config={'debuglevel': 2}, **keys)
+        id = self.put_and_wait()
+        self.assertLogged(id, '535' if script else 'sent to')
+        self.clear()
+        return self.log()
+
+    def test_no_token_is_in_the_log(self):
+        for name in 'xoauth2', 'oauthbearer':
+            for size in 60, 400:
+                for script in {}, {'AUTH': self.echo}, {'PASSWORD': self.echo}:
+                    with self.subTest(name, size=size, script=list(script)):
+                        self.tokens.size = size
+                        self.upstream.mechanisms = [name.upper()]
+                        log = self.whisper(script)
+
+                        self.assertIn('AUTH', log)
+                        for token in self.tokens.issued:
+                            for form in self.forms(token):
+                                self.assertEqual([], [
+                                    n for n in range(len(form) - 20)
+                                    if form[n:n + 20] in log])
+
+    def test_the_rest_of_a_reply_can_be_read(self):
+        token = 'eyJ0eXAiOiJKV1QiLCJub25jZSI6Ik1PVlJ0.ZmY5-_bHk2QmJ1c2V'
+        reply = ('535 5.7.3 Authentication unsuccessful [AM6PR10CA0041.EURPRD'
+                 '10.PROD.OUTLOOK.COM 2026-11-26T08:00:00.000Z 08DE2C]: ')
+
+        self.assertEqual(reply + '*** and ***', smtpproxy.without_pieces(
+            reply + token[5:] + ' and ' + token[9:22], [token]))
 
 
 class Memory(unittest.TestCase):
