@@ -86,6 +86,16 @@ def boolean(text, warn):
     raise ValueError('must be true or false')
 
 
+def boolean_or_tls(text, warn):
+    """True, False or 'tls'."""
+    if text.lower() == 'tls':
+        return 'tls'
+    try:
+        return boolean(text, warn)
+    except ValueError:
+        raise ValueError('must be true, false or tls')
+
+
 class Number:
     """A whole number from least to most."""
 
@@ -214,7 +224,7 @@ class Account(NamedTuple):
     popbeforesmtp: boolean = False
     pophost: one_line = ''
     popport: port_number = 995
-    popssl: boolean = True
+    popssl: boolean_or_tls = True
     popusername: one_line = ''
     poppassword: one_line = ''
     popcheckdelay: Capped(0, DAY) = 60
@@ -424,6 +434,9 @@ class IniReader:
             self.warnings.append(
                 '%s: [%s] has smtpusername or smtppassword without the other: '
                 'there will be no login' % (self.path, section))
+        if (found.get('popssl'), found.get('popport', 995)) == ('tls', 995):
+            self.warn(section, 'popssl', '= tls is for popport=110; on port '
+                      '995 TLS begins at once: popssl=true')
 
     def resolve(self, accounts):
         """Puts the account that is meant in the place of each use=."""
@@ -1804,6 +1817,14 @@ def port_advice(account):
         'smtpsecurity=' + security, port)
 
 
+def pop_advice(account, why):
+    """What to do about a POP login that failed, by its text."""
+    if account.popssl != 'tls' or 'not supported by server' not in why:
+        return ''
+    return ': no password is sent in plain text; popssl=true and ' \
+        'popport=995, perhaps?'
+
+
 # --- Sign-in: what an account asks before it takes mail ---------------------
 
 def auth_cram_md5(ask, user, password):
@@ -1844,19 +1865,27 @@ class PopDialogue:
     """Mixed into poplib's classes: replies are bounded, and the dialogue goes
     to our log, without secrets."""
 
-    def __init__(self, host, port, redact, debuglevel, **tls):
+    def __init__(self, host, port, tls, redact, debuglevel):
         # The constructor of poplib connects, and that uses these.
-        self.redact, self.debuglevel = redact, debuglevel
-        super().__init__(host, port, timeout=smtps.CONNECT_TIME, **tls)
+        self.redact, self.debuglevel, self.tls = redact, debuglevel, tls
+        super().__init__(host, port, timeout=smtps.CONNECT_TIME)
 
-    def _getline(self):
+    def _create_socket(self, timeout):
+        return smtps.connect(self.host, self.port, timeout, self.tls)
+
+    def _bounded(self):
+        """self.file, bounded: with each socket poplib makes a plain one."""
         if not isinstance(self.file, smtps.BoundedReader):
             self.file.close()
             self.file = smtps.BoundedReader(self.sock)
-        self.file.expect(smtps.REPLY_TIME)
+        return self.file
+
+    def _getline(self):
+        self._bounded()
         return super()._getline()
 
     def _putline(self, line):
+        self._bounded().expect(smtps.REPLY_TIME)
         self.show(b'PASS ***' if line.startswith(b'PASS ') else line)
         super()._putline(line)
 
@@ -1876,11 +1905,10 @@ class PopDialogue:
 
 
 @functools.lru_cache(None)
-def pop_class(secure):
+def pop_class():
     """Made when first needed: most accounts never need poplib."""
     import poplib
-    return type('Pop', (PopDialogue, poplib.POP3_SSL if secure
-                        else poplib.POP3), {})
+    return type('Pop', (PopDialogue, poplib.POP3), {})
 
 
 def secrets_of(account):
@@ -1941,22 +1969,29 @@ class SignIn:
             try:
                 self._pop_login(config.debuglevel)
             except Exception as error:
-                raise AccountUnavailable(self.redact(
-                    'POP login: %s' % explain(error, '%s:%d' % (
-                        self.account.pophost, self.account.popport)))
-                ) from error
+                raise self._pop_unavailable(error) from error
             log.info('%s: POP login as %s; waiting %d s before SMTP',
                      self.account.pophost, self.account.popusername,
                      config.waitafterpop)
             self._pop_time = self._clock()
             self._pause(config.waitafterpop)
 
+    def _pop_unavailable(self, error):
+        """An AccountUnavailable that says what is wrong with the login."""
+        account = self.account
+        why = explain(error, '%s:%d' % (account.pophost, account.popport))
+        return AccountUnavailable('POP login: %s%s' % (
+            self.redact(why), pop_advice(account, why)))
+
     def _pop_login(self, debuglevel):
         account = self.account
-        tls = {'context': context_of(account)} if account.popssl else {}
-        pop = pop_class(account.popssl)(account.pophost, account.popport,
-                                        self.redact, debuglevel, **tls)
+        tls = context_of(account) if account.popssl else None
+        at_once = tls if account.popssl != 'tls' else None
+        pop = pop_class()(account.pophost, account.popport, at_once,
+                          self.redact, debuglevel)
         try:
+            if tls and not at_once:
+                pop.stls(tls)
             pop.user(account.popusername)
             pop.pass_(account.poppassword)
             try:
@@ -1964,7 +1999,8 @@ class SignIn:
             except Exception:
                 pass                    # we are known there, that is enough
         finally:
-            pop.close()
+            with contextlib.suppress(OSError):  # TLS that failed has closed it
+                pop.close()
 
     # SMTP AUTH.
 
@@ -2071,9 +2107,8 @@ class Courier:
     def look(self):
         """Is somebody there at smtphost? Raises AccountUnavailable."""
         try:
-            socket.create_connection(
-                (self.account.smtphost, self.account.smtpport),
-                smtps.CONNECT_TIME).close()
+            smtps.connect(self.account.smtphost, self.account.smtpport,
+                          smtps.CONNECT_TIME).close()
         except (OSError, ValueError, LookupError) as error:
             raise self._unavailable('connect', error) from error
 

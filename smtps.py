@@ -1327,15 +1327,31 @@ def limit_wait(sock, seconds):
         sock.settimeout(seconds)
 
 
+def connect(host, port, seconds, tls=None):
+    """A socket that was connected within so many seconds, and has TLS from
+    the first byte if tls, an ssl.SSLContext, is given. Raises as Delivery."""
+    sock = socket.create_connection((host, port), seconds)
+    if tls is None:
+        return sock
+    try:
+        return tls.wrap_socket(sock, server_hostname=host)
+    except BaseException:
+        sock.close()
+        raise
+
+
 class SmtpDialogue:
     """Mixed into smtplib's classes: replies are bounded, and the dialogue
     goes to our log, without secrets."""
 
-    def __init__(self, host, port, name, redact, debuglevel, **tls):
+    def __init__(self, host, port, name, tls, redact, debuglevel):
         # The constructor of smtplib connects, and that uses these.
-        self.redact, self.debuglevel = redact, debuglevel
+        self.redact, self.debuglevel, self.tls = redact, debuglevel, tls
         self.secret, self.reply_time = False, None
-        super().__init__(host, port, name, timeout=CONNECT_TIME, **tls)
+        super().__init__(host, port, name, timeout=CONNECT_TIME)
+
+    def _get_socket(self, host, port, timeout):
+        return connect(host, port, timeout, self.tls)
 
     def getreply(self):
         if self.file is None:
@@ -1356,12 +1372,11 @@ class SmtpDialogue:
 
 
 @functools.lru_cache(None)
-def dialogue_class(secure):
+def dialogue_class():
     """Made when first needed, since smtplib alone costs a small box nine
-    megabytes. secure: TLS from the first byte."""
+    megabytes."""
     import smtplib
-    return type('Smtp', (SmtpDialogue, smtplib.SMTP_SSL if secure
-                         else smtplib.SMTP), {})
+    return type('Smtp', (SmtpDialogue, smtplib.SMTP), {})
 
 
 class Delivery:
@@ -1395,9 +1410,8 @@ class Delivery:
         impossible host name), ImportError."""
         self._host, self._port = host, port
         self._redact, self._debuglevel = redact, debuglevel
-        extra = {'context': tls} if tls else {}
-        self._smtp = dialogue_class(tls is not None)(
-            host, port, name, redact, debuglevel, **extra)
+        self._smtp = dialogue_class()(
+            host, port, name, tls, redact, debuglevel)
         self._smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._under_way = None      # the Envelope behind the last final dot
         self._unfinished = False    # a transaction needs RSET

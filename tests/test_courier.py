@@ -11,8 +11,8 @@ import smtpproxy
 import smtps
 from tests.case import A, B, SENDER, FolderCase
 from tests.fakes import (
-    CERTIFICATE, DROP, EXTENSIONS, Clock, FakePOP, FakeSMTP, server_tls,
-    wait_until)
+    CERTIFICATE, DROP, ENDLESS_LINE, EXTENSIONS, Clock, FakePOP, FakeSMTP,
+    server_tls, wait_until)
 
 C = 'c@example.org'
 USER, PASSWORD = 'me', 'geheim%%'
@@ -20,6 +20,12 @@ USERS = {USER: PASSWORD}
 LOGIN = {'smtpusername': USER, 'smtppassword': PASSWORD}
 TRUST = {'tlscafile': CERTIFICATE}
 HELLO = b'Subject: test\r\n\r\nhello\r\n'
+
+
+def ENDLESS_LIST(conversation):
+    """An answer of many lines, for as long as the client takes it."""
+    conversation.say('+OK')
+    ENDLESS_LINE(conversation, b'WORD\r\n' * 4096)
 
 
 def said(outcome):
@@ -197,6 +203,41 @@ class ByPOP(CourierCase):
 
         self.assertUnavailable(report, 'POP login', 'certificate', 'tlscafile')
         self.assertEqual([], pop.logins)
+
+    def test_popssl_tls_encrypts_before_the_password(self):
+        """With Dovecot's default there is no other login on port 110."""
+        pop, smtp = self.pop(tls=server_tls(), implicit=False), self.smtp()
+
+        report = self.deliver(self.courier(
+            smtp, **self.keys(pop, popssl='tls')))
+
+        self.assertSent(report)
+        self.assertEqual(['CAPA', 'STLS', 'USER', 'PASS', 'QUIT'],
+                         self.verbs(pop))
+
+    def test_popssl_tls_shows_no_password_without_tls(self):
+        smtp, listed = self.smtp(), '+OK\nUSER\nSTLS\n.'
+        for script, tls, keys, word in (
+                ({}, None, {}, 'popport=995'),
+                ({'CAPA': '-ERR what?'}, None, {}, 'plain text'),
+                ({'CAPA': listed, 'STLS': '-ERR no'}, None, {}, 'no'),
+                ({}, server_tls(), {'tlscafile': ''}, 'certificate')):
+            with self.subTest(word):
+                pop = self.pop(script=script, tls=tls, implicit=False)
+
+                report = self.deliver(self.courier(
+                    smtp, **self.keys(pop, popssl='tls', **keys)))
+
+                self.assertUnavailable(report, 'POP login', word)
+                self.assertNotIn('PASS', self.verbs(pop))
+
+    def test_a_list_without_end_ends(self):
+        pop = self.pop(script={'CAPA': ENDLESS_LIST})
+
+        report = self.deliver(self.courier(
+            self.smtp(), **self.keys(pop, popssl='tls')))
+
+        self.assertUnavailable(report, 'the reply does not end')
 
 
 class Secured(CourierCase):
