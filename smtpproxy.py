@@ -1931,18 +1931,44 @@ def context_of(account):
                                 account.smtpweaktls)
 
 
+UNUSED = 60                 # seconds that a POP login waits for its first use
+
+
+class PopLogin:
+    """A POP login that was good. SMTP may be tried from opens on; the next
+    login is due from ends on (both: seconds of the clock)."""
+
+    def __init__(self, now, wait, lasts):
+        """wait: seconds until SMTP may be tried; lasts: popcheckdelay."""
+        self.made, self.opens, self._lasts = now, now + wait, lasts
+        # Where lasts is less than wait it would be over before its use.
+        self.ends = self.opens + max(lasts, UNUSED)
+
+    def use(self):
+        """SMTP is tried with it."""
+        self.ends = self.made + self._lasts
+
+
+class PopPending(AccountUnavailable):
+    """The POP login was good, SMTP has to wait a moment. until: seconds of
+    the clock."""
+
+    def __init__(self, until):
+        super().__init__('the POP login has to sink in')
+        self.until = until
+
+
 class SignIn:
     """What one account asks before it takes mail. All connections of the
     account share it, each from a thread of its own. The lock lets one of them
-    sign in by POP at a time; the time of the last login is set only under it.
+    sign in by POP at a time, and guards what is known of that.
 
-    clock: callable() -> seconds; pause: callable(seconds)."""
+    clock: callable() -> seconds."""
 
-    def __init__(self, account, clock=time.monotonic, pause=time.sleep):
-        self.account = account
-        self._clock, self._pause = clock, pause
+    def __init__(self, account, clock=time.monotonic):
+        self.account, self._clock = account, clock
         self._pop_lock = threading.Lock()
-        self._pop_time = None       # of the last login
+        self._pop_login = None      # the last PopLogin
         self._secrets = secrets_of(account)
 
     # Secrets.
@@ -1957,24 +1983,33 @@ class SignIn:
     def pop_is_due(self):
         """Whether a new POP login has to come before the next mail."""
         return self.account.popbeforesmtp and (
-            self._pop_time is None
-            or self._clock() - self._pop_time >= self.account.popcheckdelay)
+            self._pop_login is None or self._clock() >= self._pop_login.ends)
 
     def by_pop(self, config):
-        """One login for all connections of the account, if it is due. Waits
-        config.waitafterpop seconds. Raises AccountUnavailable."""
+        """One login for all connections of the account, if it is due. Returns
+        the PopLogin, None if the account wants none. Raises
+        AccountUnavailable, and PopPending while config.waitafterpop lasts."""
+        if not self.account.popbeforesmtp:
+            return None
         with self._pop_lock:
-            if not self.pop_is_due():
-                return
-            try:
-                self._pop_login(config.debuglevel)
-            except Exception as error:
-                raise self._pop_unavailable(error) from error
-            log.info('%s: POP login as %s; waiting %d s before SMTP',
-                     self.account.pophost, self.account.popusername,
-                     config.waitafterpop)
-            self._pop_time = self._clock()
-            self._pause(config.waitafterpop)
+            if self.pop_is_due():
+                self._pop_login = self._new_pop_login(config)
+            login = self._pop_login
+            if self._clock() < login.opens:
+                raise PopPending(login.opens)
+            login.use()
+            return login
+
+    def _new_pop_login(self, config):
+        """Raises AccountUnavailable."""
+        account, wait = self.account, config.waitafterpop
+        try:
+            self._talk_pop(config.debuglevel)
+        except Exception as error:
+            raise self._pop_unavailable(error) from error
+        log.info('%s: POP login as %s; waiting %d s before SMTP',
+                 account.pophost, account.popusername, wait)
+        return PopLogin(self._clock(), wait, account.popcheckdelay)
 
     def _pop_unavailable(self, error):
         """An AccountUnavailable that says what is wrong with the login."""
@@ -1983,7 +2018,7 @@ class SignIn:
         return AccountUnavailable('POP login: %s%s' % (
             self.redact(why), pop_advice(account, why)))
 
-    def _pop_login(self, debuglevel):
+    def _talk_pop(self, debuglevel):
         account = self.account
         tls = context_of(account) if account.popssl else None
         at_once = tls if account.popssl != 'tls' else None
@@ -2433,7 +2468,7 @@ class Destination(MailQueue):
         """Sleeps until a mail may be tried. False: there is nothing more to
         do for this thread, which is not counted any more."""
         with self.changed:
-            while not self._is_ready():
+            while self.closed or not self._is_ready():
                 if self.closed or not self.due or self._threads > 1:
                     self._leave()
                     return False
@@ -2851,6 +2886,8 @@ class Relay:
                 if destination.absent and destination.account.popbeforesmtp:
                     courier.look()
                 report = courier.deliver(mail, account, following)
+            except PopPending as error:
+                return self._settle_pending(destination, mail, error)
             except AccountUnavailable as error:
                 return self._settle_unavailable(
                     destination, mail, error, settings)
@@ -2883,6 +2920,14 @@ class Relay:
         with self.unrouted.changed:
             destination.done(id)
             self.unrouted.add(id)
+
+    def _settle_pending(self, destination, mail, error):
+        """No mail of the account goes before the POP login has sunk in. That
+        is no failure. Returns True: this thread goes on."""
+        destination.defer(error.until, str(error), destination.absent,
+                          destination.failures)
+        self._let_go(mail.id, destination)
+        return True
 
     def _settle_unavailable(self, destination, mail, error, settings):
         """The account can't be used, or takes no more connections. Returns

@@ -74,8 +74,7 @@ class CourierCase(FolderCase):
                      'localhostname': 'box.home.lan'}, **keys)
         config = smtpproxy.Config(**dict({'waitafterpop': 0}, **config or {}))
         account = smtpproxy.Account(**keys)
-        return self.another(smtpproxy.SignIn(
-            account, self.clock, self.clock.sleep), config)
+        return self.another(smtpproxy.SignIn(account, self.clock), config)
 
     def another(self, sign_in, config):
         """A courier that shares what its account asks for."""
@@ -132,14 +131,42 @@ class ByPOP(CourierCase):
                 self.assertEqual([(USER, 1000.0)], pop.logins)
 
     def test_it_waits_between_login_and_smtp(self):
-        pop, smtp, connections = self.pop(), self.smtp(), []
-        self.clock.sleep = lambda seconds: connections.append(
-            (seconds, len(pop.logins), smtp.connections))
+        pop, smtp = self.pop(), self.smtp()
         courier = self.courier(smtp, {'waitafterpop': 5}, **self.keys(pop))
 
-        self.deliver(courier)
+        for seconds in 0, 4.5:
+            self.clock.advance(seconds)
+            pending = self.deliver(courier)
+            self.assertEqual(1005, pending.until)
+            self.assertEqual((1, 0), (len(pop.logins), smtp.connections))
 
-        self.assertEqual([(5, 1, 0)], connections)
+        self.clock.advance(0.5)
+        self.assertSent(self.deliver(courier))
+
+    def test_a_login_that_ends_before_its_wait_is_used_all_the_same(self):
+        pop, smtp = self.pop(), self.smtp()
+        courier = self.courier(smtp, {'waitafterpop': 50},
+                               **self.keys(pop, popcheckdelay=0))
+        for count in 1, 2:
+            with self.subTest(count):
+                self.assertIsInstance(self.deliver(courier),
+                                      smtpproxy.PopPending)
+                self.clock.advance(50)
+
+                self.assertSent(self.deliver(courier))
+
+                self.assertEqual(count, len(pop.logins))
+
+    def test_the_first_login_is_due_soon_after_the_box_was_started(self):
+        """Its clock counts from there, and popcheckdelay may be a day."""
+        self.clock.now = 3.0
+        pop, smtp = self.pop(), self.smtp()
+
+        report = self.deliver(self.courier(
+            smtp, **self.keys(pop, popcheckdelay=86400)))
+
+        self.assertSent(report)
+        self.assertEqual(1, len(pop.logins))
 
     def test_a_login_is_good_for_popcheckdelay(self):
         pop, smtp = self.pop(), self.smtp()

@@ -410,6 +410,65 @@ class Absent(RelayCase):
         self.assertEqual(before, self.upstream.connections)
 
 
+class PopBeforeSMTP(RelayCase):
+    """A POP login comes before the mail, and has to sink in."""
+
+    def setUp(self):
+        super().setUp()
+        self.pop = self.serve(FakePOP(clock=self.clock))
+
+    def begin(self, config=None, **keys):
+        super().begin(dict({'waitafterpop': 5}, **config or {}), {
+            SENDER: self.account(**dict({
+                'popbeforesmtp': 'true', 'pophost': self.pop.host,
+                'popport': self.pop.port, 'popssl': 'false',
+                'popusername': 'me', 'poppassword': 'pw'}, **keys))})
+
+    def assertAtRest(self, logins):
+        """So many POP logins, and nobody has anything to do now."""
+        self.pop.wait(logins)
+        wait_until(self.at_rest)
+        self.assertEqual(logins, len(self.pop.logins))
+
+    def test_all_mail_goes_once_the_login_has_sunk_in(self):
+        self.begin()
+        for _ in range(3):
+            self.put()
+        self.assertAtRest(1)
+        self.advance(4.9)
+        self.assertEqual(0, self.upstream.connections)
+
+        self.advance(.2)
+
+        self.upstream.wait(3)
+        self.assertGone()
+        self.assertEqual(1, len(self.pop.logins))
+
+    def test_a_stop_does_not_wait_for_that(self):
+        for delete in 'false', 'true':
+            with self.subTest(deleteonerror=delete):
+                self.begin({'waitafterpop': 3600, 'deleteonerror': delete})
+                self.put()
+                self.pop.wait(1)
+                start = time.monotonic()
+
+                self.end()
+
+                self.assertLess(time.monotonic() - start, 3)
+                self.assertSpooled(1)
+                self.assertNotLogged('stopped during a delivery')
+                shutil.rmtree(self.path('msgs'))
+
+    def test_what_comes_meanwhile_hears_what_it_waits_for(self):
+        self.begin()
+        self.put()
+        self.assertAtRest(1)
+
+        id = self.put()
+
+        self.assertLogged('INFO', id, 'the POP login has to sink in')
+
+
 class OneAccountAndAnother(RelayCase):
 
     def two(self, script, config=None):
@@ -810,6 +869,22 @@ class Misfortune(RelayCase):
         self.assertNotLogged('stopped during a delivery')
         self.assertLogged('WARNING', id, '421 4.3.2 busy')
         self.assertSpooled(1)
+
+    def test_no_thread_goes_on_after_a_stop(self):
+        self.upstream.script['.'] = lambda talk: self.wait_at_gate(talk)
+        self.begin()
+        for _ in range(5):
+            self.put()
+        wait_until(lambda: self.verbs('DATA'))
+        stopper = threading.Thread(target=self.end, name='stopper')
+        stopper.start()
+        wait_until(lambda: not self.relay)
+
+        self.gate.set()
+
+        stopper.join()
+        wait_until(lambda: not any(thread.name.startswith('relay-')
+                                   for thread in threading.enumerate()))
 
     def test_stop_ends_a_lingering_connection_at_once(self):
         self.begin()
