@@ -1817,6 +1817,20 @@ def port_advice(account):
         'smtpsecurity=' + security, port)
 
 
+ABOUT_RECIPIENT = re.compile(r'5\d\d 5\.(1\.[1-6]|2\.\d+|3\.4)\b')
+ABOUT_LOGIN = re.compile(r'(?i)relay|auth|\blog.?in\b|\bpop3?\b')
+
+
+def may_miss_login(reply, proven):
+    """Whether a 5xx (str) to MAIL or RCPT may mean that the server does not
+    know of our POP login. proven: it has taken a mail since; then only if the
+    reply speaks of that, since a server may forget us before popcheckdelay is
+    over."""
+    words = re.sub(r'\S*@\S*', '', reply)      # an address says nothing
+    return bool(ABOUT_LOGIN.search(words)) or not (
+        proven or ABOUT_RECIPIENT.match(reply))
+
+
 def pop_advice(account, why):
     """What to do about a POP login that failed, by its text."""
     if account.popssl != 'tls' or 'not supported by server' not in why:
@@ -1932,15 +1946,19 @@ def context_of(account):
 
 
 UNUSED = 60                 # seconds that a POP login waits for its first use
+RENEWALS = 3                # POP logins more, for a mail that was refused
+RENEWAL_WAIT = 5            # seconds at least from the first of them to SMTP
 
 
 class PopLogin:
     """A POP login that was good. SMTP may be tried from opens on; the next
-    login is due from ends on (both: seconds of the clock)."""
+    login is due from ends on (both: seconds of the clock). proven: bool, the
+    server has taken a mail since."""
 
     def __init__(self, now, wait, lasts):
         """wait: seconds until SMTP may be tried; lasts: popcheckdelay."""
         self.made, self.opens, self._lasts = now, now + wait, lasts
+        self.proven = False
         # Where lasts is less than wait it would be over before its use.
         self.ends = self.opens + max(lasts, UNUSED)
 
@@ -1969,6 +1987,8 @@ class SignIn:
         self.account, self._clock = account, clock
         self._pop_lock = threading.Lock()
         self._pop_login = None      # the last PopLogin
+        self._renewals = {}         # {id: how many more a mail has asked for}
+        self._renewal = 0           # which one of those is due, 0: none
         self._secrets = secrets_of(account)
 
     # Secrets.
@@ -2003,13 +2023,36 @@ class SignIn:
     def _new_pop_login(self, config):
         """Raises AccountUnavailable."""
         account, wait = self.account, config.waitafterpop
+        if self._renewal:               # the last wait was too short
+            wait = max(wait, RENEWAL_WAIT) * 2 ** (self._renewal - 1)
         try:
             self._talk_pop(config.debuglevel)
         except Exception as error:
             raise self._pop_unavailable(error) from error
         log.info('%s: POP login as %s; waiting %d s before SMTP',
                  account.pophost, account.popusername, wait)
+        self._renewal = 0
         return PopLogin(self._clock(), wait, account.popcheckdelay)
+
+    def renew_pop(self, login, id):
+        """A mail was refused behind this PopLogin, perhaps since the server
+        does not know of it. True: a new one comes first, and a longer wait,
+        then the mail is worth another try. False: it had all of that, so its
+        refusal counts."""
+        with self._pop_lock:
+            if login is not self._pop_login:
+                return True             # another connection had it renewed
+            renewal = self._renewals.pop(id, 0) + 1
+            if renewal > RENEWALS:
+                return False
+            self._renewals[id] = renewal
+            self._renewal = max(self._renewal, renewal)
+            login.ends = self._clock()
+            return True
+
+    def forget_renewals(self, id):
+        """A mail is done with."""
+        self._renewals.pop(id, None)
 
     def _pop_unavailable(self, error):
         """An AccountUnavailable that says what is wrong with the login."""
@@ -2134,6 +2177,7 @@ class Courier:
         self.account, self.sign_in, self.config = account, sign_in, config
         self.upcoming = None
         self._delivery = None
+        self._pop_login = None          # the PopLogin that comes before it
 
     @property
     def connected(self):
@@ -2197,6 +2241,26 @@ class Courier:
             return self.upcoming and envelope_of(*self.upcoming)
         return None if self.account.popbeforesmtp else next_envelope
 
+    def wants_pop_login(self, mail, report):
+        """Whether the server may have refused mail only since it does not
+        know of the POP login. Then a new login comes before the next mail,
+        and that refusal is none for good: report says so."""
+        login = self._pop_login
+        if login is None:
+            return False
+        doubtful = [recipient for recipient, reply in report.never.items()
+                    if report.stages[recipient] in ('mail', 'rcpt')
+                    and may_miss_login(reply, login.proven)]
+        if report.sent:
+            login.proven = True
+        if not doubtful or not self.sign_in.renew_pop(login, mail.id):
+            self.sign_in.forget_renewals(mail.id)
+            return False
+        self.close(politely=True)
+        for recipient in doubtful:
+            report.later[recipient] = report.never.pop(recipient)
+        return True
+
     # Getting there.
 
     def _connect(self):
@@ -2204,7 +2268,7 @@ class Courier:
         if self.connected and not self.sign_in.pop_is_due():
             return
         self.close()
-        self.sign_in.by_pop(self.config)
+        self._pop_login = self.sign_in.by_pop(self.config)
         for stage, step in (('connect', self._open), ('EHLO', self._hello),
                             ('STARTTLS', self._start_tls),
                             ('login', self._log_in)):
@@ -2895,8 +2959,9 @@ class Relay:
                 log.info('%s is there again: %d mails are tried now',
                          destination.account.server, len(destination.due))
             destination.succeed()
-            when = self.settle(mail, report, destination.account.server,
-                               settings)
+            settle = (self._settle_until_login if courier.wants_pop_login(
+                mail, report) else self.settle)
+            when = settle(mail, report, destination.account.server, settings)
             self._let_go(mail.id, destination, when)
             at_hand = courier.upcoming or self._next_mail(destination, LINGER)
         return True
@@ -2996,27 +3061,40 @@ class Relay:
     def settle(self, mail, report, server, settings):
         """Acts on the verdict of one attempt. Returns when the mail may be
         tried again, None if it is delivered, deleted or parked."""
+        self._note_verdicts(mail, report, server)
+        if mail.to or mail.refused:
+            return self._settle_failure(mail, report, server, settings)
+        self.spool.remove(mail)
+        return None
+
+    def _settle_until_login(self, mail, report, server, settings):
+        """The same if a new POP login comes first: deleteonerror does not
+        count yet."""
+        self._note_verdicts(mail, report, server)
+        mail.problem, mail.handled = why_not(mail, report, server), True
+        self.spool.save(mail)
+        log.warning('%s: not delivered: %s; does the server not know of our '
+                    'POP login? a new one and another try come first',
+                    mail.id, mail.problem)
+        return 0.0
+
+    @staticmethod
+    def _note_verdicts(mail, report, server):
+        """In the log who has got it, in the mail who has not."""
         for reply, recipients in grouped(report.sent):
             log.info('%s: sent to %s by %s: %s', mail.id, listed(recipients),
                      server, reply)
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
-        if report.later or mail.refused:
-            return self._settle_failure(mail, report, server, settings)
-        self.spool.remove(mail)
-        return None
 
     def _settle_failure(self, mail, report, server, settings):
-        failed = dict(mail.refused, **report.later)
-        why = '; '.join('%s for %s' % (reply, listed(recipients))
-                        for reply, recipients in grouped(failed))
-        if server not in why:
-            why = '%s said %s' % (server, why)
+        why = why_not(mail, report, server)
         mail.tries += 1
         mail.problem, mail.handled, mail.parked = why, True, False
         if settings.config.deleteonerror:
             log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
-                      '%s', mail.id, why, describe(mail, failed))
+                      '%s', mail.id, why, describe(
+                          mail, [*mail.refused, *mail.to]))
             self.spool.remove(mail)
             return None
         if not mail.to or self.spool.is_older(
@@ -3069,6 +3147,14 @@ def back_off(tries, config):
     longest = max(first, LONGEST_WAIT)
     return min(first * 2 ** min(tries - 1, 20) * (
         1 + os.urandom(1)[0] / 2560), longest)
+
+
+def why_not(mail, report, server):
+    """What was said to those who have not got it."""
+    failed = dict(mail.refused, **report.later)
+    why = '; '.join('%s for %s' % (reply, listed(recipients))
+                    for reply, recipients in grouped(failed))
+    return why if server in why else '%s said %s' % (server, why)
 
 
 def describe(mail, recipients):

@@ -214,6 +214,49 @@ class ByPOP(CourierCase):
         self.assertUnavailable(self.deliver(courier), 'locked')
         self.assertSent(self.deliver(courier))
 
+    def test_only_a_refusal_that_may_be_of_that_wants_a_new_login(self):
+        for stage, reply, unproven, proven in (
+                ('RCPT', '550 5.7.1 Relaying denied', True, True),
+                ('RCPT', '554 5.7.1 authenticate with POP first', True, True),
+                ('RCPT', '550 5.1.1 relay access denied', True, True),
+                ('MAIL', '530 Login first', True, True),
+                ('RCPT', '550 5.7.1 not today', True, False),
+                ('RCPT', '550 no such user', True, False),
+                ('RCPT', '550 5.1.1 no such user <login@x>', False, False),
+                ('RCPT', '550 5.2.1 a popular mailbox', False, False),
+                ('MAIL', '552 5.3.4 too big', False, False),
+                ('DATA', '554 5.7.1 Relaying denied', False, False),
+                ('.', '554 5.7.1 Relaying denied', False, False)):
+            with self.subTest(stage + reply):
+                courier = self.courier(self.smtp({stage: [
+                    reply, None, reply]}), **self.keys(self.pop()))
+
+                self.assertEqual([unproven, False, proven], [
+                    self.wants_login(courier) for _ in range(3)])
+
+    def wants_login(self, courier):
+        """What becomes of the next mail."""
+        mail = self.mail()
+        report = self.deliver(courier, mail)
+        if isinstance(report, smtpproxy.PopPending):
+            self.clock.advance(5)
+            report = self.deliver(courier, mail)
+        return courier.wants_pop_login(mail, report)
+
+    def test_two_connections_that_are_refused_share_a_new_login(self):
+        pop, smtp = self.pop(), self.smtp({'RCPT': '550 5.7.1 POP first'})
+        first = self.courier(smtp, **self.keys(pop))
+        second = self.another(first.sign_in, first.config)
+        mails = [(one, self.mail()) for one in (first, second)]
+
+        reports = [self.deliver(*one) for one in mails]
+        for (courier, mail), report in zip(mails, reports):
+            self.assertTrue(courier.wants_pop_login(mail, report))
+            self.assertIsInstance(self.deliver(courier, mail),
+                                  smtpproxy.PopPending)
+
+        self.assertEqual(2, len(pop.logins))
+
     def test_a_lost_reply_to_quit_costs_nothing(self):
         """The login counts as soon as PASS was answered +OK."""
         pop, smtp = self.pop(script={'QUIT': DROP}), self.smtp()

@@ -459,6 +459,86 @@ class PopBeforeSMTP(RelayCase):
                 self.assertNotLogged('stopped during a delivery')
                 shutil.rmtree(self.path('msgs'))
 
+    def opens(self, when):
+        """For a script: relays from that time on only."""
+        return lambda _: None if self.clock.now >= when else (
+            '550 5.7.1 Relaying denied: authenticate with POP first')
+
+    def seconds(self):
+        """When the POP logins were, counted from the first."""
+        return [int(at - self.pop.logins[0][1]) for _, at in self.pop.logins]
+
+    def test_mail_goes_though_the_login_sinks_in_late(self):
+        for delete in 'false', 'true':
+            with self.subTest(deleteonerror=delete):
+                self.upstream.script['RCPT'] = self.opens(self.clock.now + 15)
+                self.begin({'deleteonerror': delete, 'waitafterpop': 1})
+                for _ in range(3):
+                    self.put()
+
+                self.advance_until(lambda: len(self.upstream.mails) == 3, .5)
+
+                self.assertGone()
+                self.assertEqual([0, 1, 6], self.seconds())
+                self.assertNotLogged('ERROR')
+                self.clear()
+                self.upstream.mails.clear()
+                self.pop.logins.clear()
+
+    def test_after_three_more_logins_the_refusal_counts(self):
+        self.upstream.script['RCPT'] = '550 5.7.1 not today'
+        for delete, word, kept in (('false', 'kept in msgs', 1),
+                                   ('true', 'deleted', 0)):
+            with self.subTest(deleteonerror=delete):
+                self.begin({'deleteonerror': delete})
+                id = self.put()
+                self.advance_until(lambda: word in self.log(), 1)
+
+                self.assertLogged('ERROR', id, word, '550 5.7.1 not today')
+                self.assertSpooled(kept)
+                self.assertEqual([0, 5, 10, 20], self.seconds())
+                self.assertEqual(4, len(self.verbs('RCPT')))
+                self.clear()
+                self.pop.logins.clear()
+                self.upstream.commands.clear()
+
+    def test_who_has_taken_mail_since_the_login_knows_us(self):
+        self.upstream.script['RCPT TO:<%s>' % B] = '550 who is that?'
+        self.begin({'waitafterpop': 0})
+        self.put()
+        self.upstream.wait(1)
+
+        id = self.put(to=(B,))
+
+        self.assertLogged('ERROR', id, 'refused for good')
+        self.assertEqual(1, len(self.pop.logins))
+
+    def test_but_may_forget_us_before_the_login_is_old(self):
+        self.begin({'waitafterpop': 0})
+        self.put()
+        self.upstream.wait(1)
+        self.upstream.script['RCPT'] = ['554 5.7.1 Relay access denied', None]
+
+        self.put()
+        self.assertAtRest(2)
+        self.advance(5)
+
+        self.upstream.wait(2)
+
+    def test_who_has_got_it_before_that_gets_it_once(self):
+        self.upstream.script['RCPT TO:<%s>' % B] = ['550 5.7.1 no', None]
+        self.upstream.script['RCPT TO:<%s>' % C] = '550 5.1.1 never'
+        self.begin({'waitafterpop': 0})
+        id = self.put(to=(A, B, C))
+        self.assertAtRest(2)
+        self.assertEqual(([B], [C]), (self.spool.load(id).to, list(
+            self.spool.load(id).refused)))
+
+        self.advance(5)
+
+        self.assertEqual([[A], [B]], [m.to for m in self.upstream.wait(2)])
+        self.assertLogged('ERROR', id, 'refused for good', '5.1.1 never')
+
     def test_what_comes_meanwhile_hears_what_it_waits_for(self):
         self.begin()
         self.put()
