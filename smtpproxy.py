@@ -1831,6 +1831,14 @@ def may_miss_login(reply, proven):
         proven or ABOUT_RECIPIENT.match(reply))
 
 
+def asks_too_soon(why):
+    """Whether a POP server refuses only because of the login before, which
+    was good: RFC 2449 8.1.1, and those who say it in words."""
+    return bool(re.search(
+        r'(?i)\[login-delay\]|login (limit|delay|interval)|too (often|many '
+        r'log.?ins)|minimum time between|exceeded pop command', why))
+
+
 def pop_advice(account, why):
     """What to do about a POP login that failed, by its text."""
     if account.popssl != 'tls' or 'not supported by server' not in why:
@@ -1962,6 +1970,10 @@ class PopLogin:
         # Where lasts is less than wait it would be over before its use.
         self.ends = self.opens + max(lasts, UNUSED)
 
+    def prolong(self, now):
+        """The server wants no new one yet: this one counts as made now."""
+        self.made = now
+
     def use(self):
         """SMTP is tried with it."""
         self.ends = self.made + self._lasts
@@ -2028,11 +2040,23 @@ class SignIn:
         try:
             self._talk_pop(config.debuglevel)
         except Exception as error:
-            raise self._pop_unavailable(error) from error
+            unavailable = self._pop_unavailable(error)
+            if not self._is_still_known(str(unavailable)):
+                raise unavailable from error
+            log.info('%s; the login before it was good, so SMTP is tried',
+                     unavailable)
+            self._pop_login.prolong(self._clock())
+            return self._pop_login
         log.info('%s: POP login as %s; waiting %d s before SMTP',
                  account.pophost, account.popusername, wait)
         self._renewal = 0
         return PopLogin(self._clock(), wait, account.popcheckdelay)
+
+    def _is_still_known(self, why):
+        """Whether the server refuses a login only because of the one before,
+        and no mail was refused behind that."""
+        return bool(self._pop_login and not self._renewal
+                    and asks_too_soon(why))
 
     def renew_pop(self, login, id):
         """A mail was refused behind this PopLogin, perhaps since the server

@@ -214,6 +214,32 @@ class ByPOP(CourierCase):
         self.assertUnavailable(self.deliver(courier), 'locked')
         self.assertSent(self.deliver(courier))
 
+    def test_who_wants_no_login_yet_knows_us_by_the_one_before(self):
+        for reply in ('-ERR [LOGIN-DELAY] minimum time between logins is 900',
+                      '-ERR login limit exceeded', '-ERR too many logins'):
+            with self.subTest(reply):
+                pop, smtp = self.pop(script={'PASS': [None, reply]}), (
+                    self.smtp())
+                courier = self.courier(smtp, **self.keys(pop))
+                for seconds, tries in ((0, 1), (60, 2), (59, 2), (1, 3)):
+                    self.clock.advance(seconds)
+
+                    self.assertSent(self.deliver(courier))
+
+                    self.assertEqual(tries, pop.connections)
+
+    def test_but_not_if_there_was_none_or_mail_was_refused_behind_it(self):
+        delay = '-ERR [LOGIN-DELAY] later'
+        smtp = self.smtp({'RCPT': '550 5.7.1 POP first'})
+        first = self.courier(smtp, **self.keys(self.pop(
+            script={'PASS': delay})))
+        second = self.courier(smtp, **self.keys(self.pop(
+            script={'PASS': [None, delay]})))
+
+        self.assertUnavailable(self.deliver(first), 'LOGIN-DELAY')
+        self.assertTrue(self.wants_login(second))
+        self.assertUnavailable(self.deliver(second), 'LOGIN-DELAY')
+
     def test_only_a_refusal_that_may_be_of_that_wants_a_new_login(self):
         for stage, reply, unproven, proven in (
                 ('RCPT', '550 5.7.1 Relaying denied', True, True),
