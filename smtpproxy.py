@@ -211,6 +211,7 @@ class Logging(NamedTuple):
 class Account(NamedTuple):
     """One sender's way out: [<address>], [*@domain] or [default]."""
     localhostname: word = ''
+    ipversion: Choice('any', '4', '6') = 'any'
     smtphost: one_line = ''
     smtpport: port_number = 0
     smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
@@ -1831,6 +1832,13 @@ def may_miss_login(reply, proven):
         proven or ABOUT_RECIPIENT.match(reply))
 
 
+def family_advice(account, error):
+    """A name without an address may have one of the other version of IP."""
+    if account.ipversion == 'any' or not isinstance(error, socket.gaierror):
+        return ''
+    return '; with ipversion=%s only such addresses count' % account.ipversion
+
+
 def asks_too_soon(why):
     """Whether a POP server refuses only because of the login before, which
     was good: RFC 2449 8.1.1, and those who say it in words."""
@@ -1887,13 +1895,15 @@ class PopDialogue:
     """Mixed into poplib's classes: replies are bounded, and the dialogue goes
     to our log, without secrets."""
 
-    def __init__(self, host, port, tls, redact, debuglevel):
+    def __init__(self, host, port, tls, redact, debuglevel, family):
         # The constructor of poplib connects, and that uses these.
-        self.redact, self.debuglevel, self.tls = redact, debuglevel, tls
+        self.redact, self.debuglevel = redact, debuglevel
+        self.tls, self.family = tls, family
         super().__init__(host, port, timeout=smtps.CONNECT_TIME)
 
     def _create_socket(self, timeout):
-        return smtps.connect(self.host, self.port, timeout, self.tls)
+        return smtps.connect(self.host, self.port, timeout, self.tls,
+                             self.family)
 
     def _bounded(self):
         """self.file, bounded: with each socket poplib makes a plain one."""
@@ -1953,6 +1963,28 @@ def context_of(account):
                                 account.smtpweaktls)
 
 
+FAMILIES = {'any': socket.AF_UNSPEC, '4': socket.AF_INET,
+            '6': socket.AF_INET6}
+
+
+def common_families(account):
+    """The address families to reach an account's POP and SMTP server in: the
+    provider lets the address in that it has seen at the POP login. Those that
+    both names have, best first; else [AF_UNSPEC], each server in any."""
+    if account.ipversion != 'any':
+        return [FAMILIES[account.ipversion]]
+    try:
+        pop, smtp = [
+            [address[0] for address in socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM)]
+            for host, port in ((account.pophost, account.popport),
+                               (account.smtphost, account.smtpport))]
+    except (OSError, ValueError, LookupError):
+        return [socket.AF_UNSPEC]       # who connects hears what is wrong
+    return [family for family in dict.fromkeys(smtp) if family in pop] or [
+        socket.AF_UNSPEC]
+
+
 UNUSED = 60                 # seconds that a POP login waits for its first use
 RENEWALS = 3                # POP logins more, for a mail that was refused
 RENEWAL_WAIT = 5            # seconds at least from the first of them to SMTP
@@ -1960,12 +1992,14 @@ RENEWAL_WAIT = 5            # seconds at least from the first of them to SMTP
 
 class PopLogin:
     """A POP login that was good. SMTP may be tried from opens on; the next
-    login is due from ends on (both: seconds of the clock). proven: bool, the
-    server has taken a mail since."""
+    login is due from ends on (both: seconds of the clock). family: that of
+    our address, SMTP needs the same. proven: bool, the server has taken a mail
+    since."""
 
-    def __init__(self, now, wait, lasts):
+    def __init__(self, family, now, wait, lasts):
         """wait: seconds until SMTP may be tried; lasts: popcheckdelay."""
-        self.made, self.opens, self._lasts = now, now + wait, lasts
+        self.family, self.made, self.opens = family, now, now + wait
+        self._lasts = lasts
         self.proven = False
         # Where lasts is less than wait it would be over before its use.
         self.ends = self.opens + max(lasts, UNUSED)
@@ -1999,6 +2033,7 @@ class SignIn:
         self.account, self._clock = account, clock
         self._pop_lock = threading.Lock()
         self._pop_login = None      # the last PopLogin
+        self._without_smtp = set()  # families, since SMTP was tried in them
         self._renewals = {}         # {id: how many more a mail has asked for}
         self._renewal = 0           # which one of those is due, 0: none
         self._secrets = secrets_of(account)
@@ -2038,7 +2073,7 @@ class SignIn:
         if self._renewal:               # the last wait was too short
             wait = max(wait, RENEWAL_WAIT) * 2 ** (self._renewal - 1)
         try:
-            self._talk_pop(config.debuglevel)
+            family = self._talk_pop(config.debuglevel)
         except Exception as error:
             unavailable = self._pop_unavailable(error)
             if not self._is_still_known(str(unavailable)):
@@ -2050,12 +2085,13 @@ class SignIn:
         log.info('%s: POP login as %s; waiting %d s before SMTP',
                  account.pophost, account.popusername, wait)
         self._renewal = 0
-        return PopLogin(self._clock(), wait, account.popcheckdelay)
+        return PopLogin(family, self._clock(), wait, account.popcheckdelay)
 
     def _is_still_known(self, why):
         """Whether the server refuses a login only because of the one before,
-        and no mail was refused behind that."""
+        and that one has not failed us."""
         return bool(self._pop_login and not self._renewal
+                    and self._pop_login.family not in self._without_smtp
                     and asks_too_soon(why))
 
     def renew_pop(self, login, id):
@@ -2074,6 +2110,25 @@ class SignIn:
             login.ends = self._clock()
             return True
 
+    def leave_family(self, login):
+        """SMTP is not to be had in the family of this PopLogin. True: the
+        other one comes next, with a login of its own. False: there is no
+        other, or it was tried."""
+        with self._pop_lock:
+            if login is not self._pop_login:
+                return True             # another connection has seen to that
+            known = login.family in self._without_smtp
+            self._without_smtp.add(login.family)
+            if known or self._without_smtp >= set(
+                    common_families(self.account)):
+                self._without_smtp.clear()
+                return False
+            log.info('%s cannot be reached from the address that the POP '
+                     'server knows; a POP login over the other version of IP '
+                     'comes first', self.account.server)
+            login.ends = self._clock()
+            return True
+
     def forget_renewals(self, id):
         """A mail is done with."""
         self._renewals.pop(id, None)
@@ -2082,27 +2137,42 @@ class SignIn:
         """An AccountUnavailable that says what is wrong with the login."""
         account = self.account
         why = explain(error, '%s:%d' % (account.pophost, account.popport))
-        return AccountUnavailable('POP login: %s%s' % (
-            self.redact(why), pop_advice(account, why)))
+        return AccountUnavailable('POP login: %s%s%s' % (
+            self.redact(why), pop_advice(account, why),
+            family_advice(account, error)))
 
     def _talk_pop(self, debuglevel):
+        """One login; returns the family of our address."""
         account = self.account
-        tls = context_of(account) if account.popssl else None
-        at_once = tls if account.popssl != 'tls' else None
-        pop = pop_class()(account.pophost, account.popport, at_once,
-                          self.redact, debuglevel)
+        pop = self._open_pop(debuglevel)
         try:
-            if tls and not at_once:
-                pop.stls(tls)
+            if account.popssl == 'tls':
+                pop.stls(context_of(account))
             pop.user(account.popusername)
             pop.pass_(account.poppassword)
             try:
                 pop.quit()
             except Exception:
                 pass                    # we are known there, that is enough
+            return pop.family
         finally:
             with contextlib.suppress(OSError):  # TLS that failed has closed it
                 pop.close()
+
+    def _open_pop(self, debuglevel):
+        """In a family in which SMTP is to be had, if that can be."""
+        account = self.account
+        tls = context_of(account) if account.popssl is True else None
+        *families, last = sorted(
+            common_families(account),
+            key=lambda family: family in self._without_smtp)
+        connect = functools.partial(pop_class(), account.pophost,
+                                    account.popport, tls, self.redact,
+                                    debuglevel)
+        for family in families:
+            with contextlib.suppress(OSError):
+                return connect(family)
+        return connect(last)
 
     # SMTP AUTH.
 
@@ -2210,8 +2280,9 @@ class Courier:
     def look(self):
         """Is somebody there at smtphost? Raises AccountUnavailable."""
         try:
-            smtps.connect(self.account.smtphost, self.account.smtpport,
-                          smtps.CONNECT_TIME).close()
+            smtps.connect(
+                self.account.smtphost, self.account.smtpport,
+                smtps.CONNECT_TIME, None, self._family()).close()
         except (OSError, ValueError, LookupError) as error:
             raise self._unavailable('connect', error) from error
 
@@ -2292,7 +2363,6 @@ class Courier:
         if self.connected and not self.sign_in.pop_is_due():
             return
         self.close()
-        self._pop_login = self.sign_in.by_pop(self.config)
         for stage, step in (('connect', self._open), ('EHLO', self._hello),
                             ('STARTTLS', self._start_tls),
                             ('login', self._log_in)):
@@ -2304,12 +2374,28 @@ class Courier:
                 raise self._unavailable(stage, error) from error
 
     def _open(self):
+        """With a POP login first, where the account wants that."""
+        while True:
+            self._pop_login = self.sign_in.by_pop(self.config)
+            try:
+                self._delivery = self._dial()
+                return
+            except OSError:
+                if self._pop_login is None or not self.sign_in.leave_family(
+                        self._pop_login):
+                    raise
+
+    def _dial(self):
         account = self.account
         # Without a name of its own smtplib looks one up, which can take long.
-        self._delivery = smtps.Delivery(
+        return smtps.Delivery(
             account.smtphost, account.smtpport, account.localhostname or HOST,
             context_of(account) if account.smtpsecurity == 'ssl' else None,
-            self.sign_in.redact, self.config.debuglevel)
+            self.sign_in.redact, self.config.debuglevel, self._family())
+
+    def _family(self):
+        return self._pop_login.family if self._pop_login else FAMILIES[
+            self.account.ipversion]
 
     def _hello(self):
         self._delivery.hello()
@@ -2330,9 +2416,9 @@ class Courier:
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""
-        trouble = AccountUnavailable('%s: %s%s' % (
+        trouble = AccountUnavailable('%s: %s%s%s' % (
             stage, explain(error, self.account.server),
-            port_advice(self.account)))
+            family_advice(self.account, error), port_advice(self.account)))
         trouble.absent = stage == 'connect' and is_absence(error)
         return trouble
 

@@ -1330,12 +1330,35 @@ def limit_wait(sock, seconds):
         sock.settimeout(seconds)
 
 
-def connect(host, port, seconds, tls=None):
-    """A socket that was connected within so many seconds, and has TLS from
-    the first byte if tls, an ssl.SSLContext, is given. Raises as Delivery."""
-    sock = socket.create_connection((host, port), seconds)
-    if tls is None:
+def connect(host, port, seconds, tls=None, family=socket.AF_UNSPEC):
+    """A socket, connected to the first address of the name that answers
+    within so many seconds. family: AF_INET or AF_INET6 if no other will do;
+    tls: an ssl.SSLContext if TLS begins at once. Raises as Delivery."""
+    trouble = OSError('no address')
+    for kind in socket.getaddrinfo(host, port, family, socket.SOCK_STREAM):
+        try:
+            sock = connected(*kind[:3], kind[4], seconds)
+        except OSError as error:
+            trouble = error
+            continue
+        return secured(sock, host, tls) if tls else sock
+    raise trouble
+
+
+def connected(family, kind, protocol, address, seconds):
+    """A socket of one address. Raises OSError."""
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(address)
         return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def secured(sock, host, tls):
+    """The socket with TLS around it. Raises OSError, then it is closed."""
     try:
         return tls.wrap_socket(sock, server_hostname=host)
     except BaseException:
@@ -1347,14 +1370,15 @@ class SmtpDialogue:
     """Mixed into smtplib's classes: replies are bounded, and the dialogue
     goes to our log, without secrets."""
 
-    def __init__(self, host, port, name, tls, redact, debuglevel):
+    def __init__(self, host, port, name, tls, redact, debuglevel, family):
         # The constructor of smtplib connects, and that uses these.
-        self.redact, self.debuglevel, self.tls = redact, debuglevel, tls
+        self.redact, self.debuglevel = redact, debuglevel
+        self.tls, self.family = tls, family
         self.secret, self.reply_time = False, None
         super().__init__(host, port, name, timeout=CONNECT_TIME)
 
     def _get_socket(self, host, port, timeout):
-        return connect(host, port, timeout, self.tls)
+        return connect(host, port, timeout, self.tls, self.family)
 
     def getreply(self):
         if self.file is None:
@@ -1405,16 +1429,18 @@ class Delivery:
 
     used: bool, a mail has gone this way, be it refused."""
 
-    def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0):
+    def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0,
+                 family=socket.AF_UNSPEC):
         """Connects and hears the greeting. host, name (for EHLO): str; tls:
         an ssl.SSLContext if TLS begins at once; redact: callable(str) -> str,
         takes secrets out of what the server says; debuglevel: 1 or more logs
-        the dialogue at INFO. Raises OSError, ValueError or LookupError (an
-        impossible host name), ImportError."""
+        the dialogue at INFO; family: AF_INET or AF_INET6 if no other will do.
+        Raises OSError, ValueError or LookupError (an impossible host name),
+        ImportError."""
         self._host, self._port = host, port
         self._redact, self._debuglevel = redact, debuglevel
         self._smtp = dialogue_class()(
-            host, port, name, tls, redact, debuglevel)
+            host, port, name, tls, redact, debuglevel, family)
         self._smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._under_way = None      # the Envelope behind the last final dot
         self._unfinished = False    # a transaction needs RSET

@@ -307,8 +307,10 @@ class Fake(contextlib.AbstractContextManager):
         self.changed = threading.Condition()    # guards all that is recorded
         self.closing, self.used = threading.Event(), collections.Counter()
         self.talking, self.threads = [], []
-        self.listener = socket.create_server((host, port))
-        self.address = self.host, self.port = self.listener.getsockname()
+        self.listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ':' in host
+            else socket.AF_INET)
+        self.address = self.host, self.port = self.listener.getsockname()[:2]
         self.begin(self.listen, 'listener')
 
     def __exit__(self, *_):

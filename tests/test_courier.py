@@ -3,6 +3,7 @@ follow a script. The protocol of a delivery is in test_delivery.py, what
 becomes of a mail that could not be delivered in test_relay.py."""
 import base64
 import re
+import socket
 import ssl
 import unittest
 from unittest import mock
@@ -334,6 +335,166 @@ class ByPOP(CourierCase):
             self.smtp(), **self.keys(pop, popssl='tls')))
 
         self.assertUnavailable(report, 'the reply does not end')
+
+
+V4, V6 = '127.0.0.1', '::1'
+
+
+def name_server(names):
+    """socket.getaddrinfo for names: {name: its addresses, best first}."""
+    real = socket.getaddrinfo
+
+    def look_up(host, port, family=0, *more, **options):
+        found = [entry for address in names.get(host, [host])
+                 for entry in real(address, port, 0, *more, **options)
+                 if family in (0, entry[0])]
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, 'no such address')
+        return found
+    return mock.patch('socket.getaddrinfo', look_up)
+
+
+class IPVersions(CourierCase):
+    """pop.test and smtp.test have servers at 127.0.0.1 and ::1, at one port.
+    What pop and smtp hold for each is the fake that listens there."""
+
+    def setUp(self):
+        super().setUp()
+        try:
+            self.pop = self.both(FakePOP, users=USERS, clock=self.clock)
+            self.smtp = self.both(FakeSMTP)
+        except OSError as error:
+            self.skipTest('no IPv6 on this box: %s' % error)
+        self.names = {'pop.test': [V6, V4], 'smtp.test': [V6, V4]}
+        names = name_server(self.names)
+        names.start()
+        self.addCleanup(names.stop)
+
+    def both(self, kind, **options):
+        """{address: a fake there}, at one port."""
+        first = self.serve(kind(host=V6, **options))
+        return {V6: first, V4: self.serve(kind(
+            host=V4, port=first.port, **options))}
+
+    def way(self, config=None, **keys):
+        """A courier that logs in by POP."""
+        return self.courier(self.smtp[V4], config, **dict({
+            'smtphost': 'smtp.test', 'popbeforesmtp': True, 'popssl': False,
+            'pophost': 'pop.test', 'popport': self.pop[V4].port,
+            'popusername': USER, 'poppassword': PASSWORD}, **keys))
+
+    def logins(self):
+        """How many there were over IPv6, over IPv4."""
+        return len(self.pop[V6].logins), len(self.pop[V4].logins)
+
+    def sent(self):
+        return len(self.smtp[V6].mails), len(self.smtp[V4].mails)
+
+    def test_ipversion_is_that_of_smtp(self):
+        for version, sent in (('any', (1, 0)), ('6', (2, 0)), ('4', (2, 1))):
+            with self.subTest(version):
+                report = self.deliver(self.way(
+                    popbeforesmtp=False, ipversion=version))
+
+                self.assertSent(report)
+                self.assertEqual(sent, self.sent())
+
+    def test_and_of_pop(self):
+        for version, logins in (('6', (1, 0)), ('4', (1, 1))):
+            with self.subTest(version):
+                self.assertSent(self.deliver(self.way(ipversion=version)))
+                self.assertEqual(logins, self.logins())
+                self.assertEqual(logins, self.sent())
+
+    def test_a_name_without_such_an_address_is_named_with_the_key(self):
+        self.names.update({'pop.test': [V6], 'smtp.test': [V6]})
+        for pop in True, False:
+            with self.subTest(popbeforesmtp=pop):
+                trouble = self.deliver(self.way(
+                    ipversion='4', popbeforesmtp=pop))
+
+                self.assertUnavailable(trouble, '.test', 'ipversion=4')
+
+    def test_the_provider_sees_one_address_of_ours(self):
+        """Else it opens the door for the wrong one."""
+        for pop, smtp, way in (([V6, V4], [V6, V4], (1, 0)),
+                               ([V6, V4], [V4], (1, 1)),
+                               ([V4], [V6, V4], (1, 2)),
+                               ([V4, V6], [V6, V4], (2, 2))):
+            with self.subTest(pop=pop, smtp=smtp):
+                self.names.update({'pop.test': pop, 'smtp.test': smtp})
+
+                self.assertSent(self.deliver(self.way()))
+
+                self.assertEqual((way, way), (self.logins(), self.sent()))
+
+    def test_without_a_version_in_common_each_has_its_own(self):
+        self.names.update({'pop.test': [V6], 'smtp.test': [V4]})
+
+        self.assertSent(self.deliver(self.way()))
+
+        self.assertEqual(((1, 0), (0, 1)), (self.logins(), self.sent()))
+
+    def test_pop_that_is_away_in_one_goes_the_other_way_with_smtp(self):
+        self.pop[V6].close()
+
+        self.assertSent(self.deliver(self.way()))
+
+        self.assertEqual(((0, 1), (0, 1)), (self.logins(), self.sent()))
+
+    def test_smtp_in_the_other_needs_a_login_there(self):
+        away = self.smtp[V6]
+        for trouble in (lambda: away.script.update({'': '554 5.7.1 no DNS'}),
+                        away.close):
+            with self.subTest(trouble):
+                trouble()
+                courier = self.way({'waitafterpop': 5}, popcheckdelay=30)
+                before = self.logins()[1]
+
+                for _ in range(2):
+                    self.assertIsInstance(self.deliver(courier),
+                                          smtpproxy.PopPending)
+                    self.clock.advance(5)
+
+                self.assertSent(self.deliver(courier))
+                self.assertEqual(before + 1, self.logins()[1])
+
+    def test_that_way_is_kept(self):
+        self.smtp[V6].close()
+        courier = self.way(popcheckdelay=30)
+
+        for _ in range(4):
+            self.assertSent(self.deliver(courier))
+            self.clock.advance(30)
+
+        self.assertEqual((1, 4), self.logins())
+
+    def test_where_nobody_takes_mail_each_way_costs_one_login(self):
+        for server in self.smtp.values():
+            server.close()
+
+        trouble = self.deliver(self.way())
+
+        self.assertUnavailable(trouble, 'smtp.test')
+        self.assertTrue(trouble.absent)
+        self.assertEqual((1, 1), self.logins())
+
+    def test_a_way_without_pop_is_no_other_way(self):
+        self.smtp[V6].close()
+        self.pop[V4].close()
+
+        trouble = self.deliver(self.way())
+
+        self.assertUnavailable(trouble, 'connect', 'smtp.test')
+        self.assertEqual((2, 0), self.logins())
+
+    def test_too_soon_for_a_login_there_is_too_soon(self):
+        self.smtp[V6].close()
+        self.pop[V4].script['PASS'] = '-ERR [LOGIN-DELAY] 900'
+
+        trouble = self.deliver(self.way())
+
+        self.assertUnavailable(trouble, 'LOGIN-DELAY')
 
 
 class Secured(CourierCase):
