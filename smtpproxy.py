@@ -86,6 +86,16 @@ def boolean(text, warn):
     raise ValueError('must be true or false')
 
 
+def boolean_or_tls(text, warn):
+    """True, False or 'tls'."""
+    if text.lower() == 'tls':
+        return 'tls'
+    try:
+        return boolean(text, warn)
+    except ValueError:
+        raise ValueError('must be true, false or tls')
+
+
 class Number:
     """A whole number from least to most."""
 
@@ -202,6 +212,7 @@ class Logging(NamedTuple):
 class Account(NamedTuple):
     """One sender's way out: [<address>], [*@domain] or [default]."""
     localhostname: word = ''
+    ipversion: Choice('any', '4', '6') = 'any'
     smtphost: one_line = ''
     smtpport: port_number = 0
     smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
@@ -216,7 +227,7 @@ class Account(NamedTuple):
     popbeforesmtp: boolean = False
     pophost: one_line = ''
     popport: port_number = 995
-    popssl: boolean = True
+    popssl: boolean_or_tls = True
     popusername: one_line = ''
     poppassword: one_line = ''
     popcheckdelay: Capped(0, DAY) = 60
@@ -475,6 +486,9 @@ class IniReader:
             self.warnings.append(
                 '%s: [%s] has smtpusername or smtppassword without the other: '
                 'there will be no login' % (self.path, section))
+        if (found.get('popssl'), found.get('popport', 995)) == ('tls', 995):
+            self.warn(section, 'popssl', '= tls is for popport=110; on port '
+                      '995 TLS begins at once: popssl=true')
 
     def check_oauth(self, section, found):
         """What an account with oauth needs; sets what its provider sets."""
@@ -1975,6 +1989,43 @@ def port_advice(account):
         return ''
     return '; %s is rarely right for port %d' % (
         'smtpsecurity=' + security, port)
+
+
+ABOUT_RECIPIENT = re.compile(r'5\d\d 5\.(1\.[1-6]|2\.\d+|3\.4)\b')
+ABOUT_LOGIN = re.compile(r'(?i)relay|auth|\blog.?in\b|\bpop3?\b')
+
+
+def may_miss_login(reply, proven):
+    """Whether a 5xx (str) to MAIL or RCPT may mean that the server does not
+    know of our POP login. proven: it has taken a mail since; then only if the
+    reply speaks of that, since a server may forget us before popcheckdelay is
+    over."""
+    words = re.sub(r'\S*@\S*', '', reply)      # an address says nothing
+    return bool(ABOUT_LOGIN.search(words)) or not (
+        proven or ABOUT_RECIPIENT.match(reply))
+
+
+def family_advice(account, error):
+    """A name without an address may have one of the other version of IP."""
+    if account.ipversion == 'any' or not isinstance(error, socket.gaierror):
+        return ''
+    return '; with ipversion=%s only such addresses count' % account.ipversion
+
+
+def asks_too_soon(why):
+    """Whether a POP server refuses only because of the login before, which
+    was good: RFC 2449 8.1.1, and those who say it in words."""
+    return bool(re.search(
+        r'(?i)\[login-delay\]|login (limit|delay|interval)|too (often|many '
+        r'log.?ins)|minimum time between|exceeded pop command', why))
+
+
+def pop_advice(account, why):
+    """What to do about a POP login that failed, by its text."""
+    if account.popssl != 'tls' or 'not supported by server' not in why:
+        return ''
+    return ': no password is sent in plain text; popssl=true and ' \
+        'popport=995, perhaps?'
 
 
 class Advice(NamedTuple):
@@ -3880,19 +3931,29 @@ class PopDialogue:
     """Mixed into poplib's classes: replies are bounded, and the dialogue goes
     to our log, without secrets."""
 
-    def __init__(self, host, port, redact, debuglevel, **tls):
+    def __init__(self, host, port, tls, redact, debuglevel, family):
         # The constructor of poplib connects, and that uses these.
         self.redact, self.debuglevel = redact, debuglevel
-        super().__init__(host, port, timeout=smtps.CONNECT_TIME, **tls)
+        self.tls, self.family = tls, family
+        super().__init__(host, port, timeout=smtps.CONNECT_TIME)
 
-    def _getline(self):
+    def _create_socket(self, timeout):
+        return smtps.connect(self.host, self.port, timeout, self.tls,
+                             self.family)
+
+    def _bounded(self):
+        """self.file, bounded: with each socket poplib makes a plain one."""
         if not isinstance(self.file, smtps.BoundedReader):
             self.file.close()
             self.file = smtps.BoundedReader(self.sock)
-        self.file.expect(smtps.REPLY_TIME)
+        return self.file
+
+    def _getline(self):
+        self._bounded()
         return super()._getline()
 
     def _putline(self, line):
+        self._bounded().expect(smtps.REPLY_TIME)
         self.show(b'PASS ***' if line.startswith(b'PASS ') else line)
         super()._putline(line)
 
@@ -3912,11 +3973,10 @@ class PopDialogue:
 
 
 @functools.lru_cache(None)
-def pop_class(secure):
+def pop_class():
     """Made when first needed: most accounts never need poplib."""
     import poplib
-    return type('Pop', (PopDialogue, poplib.POP3_SSL if secure
-                        else poplib.POP3), {})
+    return type('Pop', (PopDialogue, poplib.POP3), {})
 
 
 def secrets_of(account):
@@ -3955,21 +4015,81 @@ def context_of(account):
                                 account.smtpweaktls)
 
 
+FAMILIES = {'any': socket.AF_UNSPEC, '4': socket.AF_INET,
+            '6': socket.AF_INET6}
+
+
+def common_families(account):
+    """The address families to reach an account's POP and SMTP server in: the
+    provider lets the address in that it has seen at the POP login. Those that
+    both names have, best first; else [AF_UNSPEC], each server in any."""
+    if account.ipversion != 'any':
+        return [FAMILIES[account.ipversion]]
+    try:
+        pop, smtp = [
+            [address[0] for address in socket.getaddrinfo(
+                host, port, type=socket.SOCK_STREAM)]
+            for host, port in ((account.pophost, account.popport),
+                               (account.smtphost, account.smtpport))]
+    except (OSError, ValueError, LookupError):
+        return [socket.AF_UNSPEC]       # who connects hears what is wrong
+    return [family for family in dict.fromkeys(smtp) if family in pop] or [
+        socket.AF_UNSPEC]
+
+
+UNUSED = 60                 # seconds that a POP login waits for its first use
+RENEWALS = 3                # POP logins more, for a mail that was refused
+RENEWAL_WAIT = 5            # seconds at least from the first of them to SMTP
+
+
+class PopLogin:
+    """A POP login that was good. SMTP may be tried from opens on; the next
+    login is due from ends on (both: seconds of the clock). family: that of
+    our address, SMTP needs the same. proven: bool, the server has taken a mail
+    since."""
+
+    def __init__(self, family, now, wait, lasts):
+        """wait: seconds until SMTP may be tried; lasts: popcheckdelay."""
+        self.family, self.made, self.opens = family, now, now + wait
+        self._lasts = lasts
+        self.proven = False
+        # Where lasts is less than wait it would be over before its use.
+        self.ends = self.opens + max(lasts, UNUSED)
+
+    def prolong(self, now):
+        """The server wants no new one yet: this one counts as made now."""
+        self.made = now
+
+    def use(self):
+        """SMTP is tried with it."""
+        self.ends = self.made + self._lasts
+
+
+class PopPending(AccountUnavailable):
+    """The POP login was good, SMTP has to wait a moment. until: seconds of
+    the clock."""
+
+    def __init__(self, until):
+        super().__init__('the POP login has to sink in')
+        self.until = until
+
+
 class SignIn:
     """What one account asks before it takes mail. All connections of the
     account share it, each from a thread of its own. The lock lets one of them
-    sign in by POP at a time; the time of the last login is set only under it.
-    All else is set in one step.
+    sign in by POP at a time, and guards what is known of that. All else is
+    set in one step.
 
-    clock: callable() -> seconds; pause: callable(seconds); grants: the Grants
-    that an account with oauth is in."""
+    clock: callable() -> seconds; grants: the Grants that an account with
+    oauth is in."""
 
-    def __init__(self, account, clock=time.monotonic, pause=time.sleep,
-                 grants=None):
-        self.account, self._grants = account, grants
-        self._clock, self._pause = clock, pause
+    def __init__(self, account, clock=time.monotonic, grants=None):
+        self.account, self._grants, self._clock = account, grants, clock
         self._pop_lock = threading.Lock()
-        self._pop_time = None       # of the last login
+        self._pop_login = None      # the last PopLogin
+        self._without_smtp = set()  # families, since SMTP was tried in them
+        self._renewals = {}         # {id: how many more a mail has asked for}
+        self._renewal = 0           # which one of those is due, 0: none
         self._secrets = secrets_of(account)
         self._told = ()             # of tokens: what nobody may see
         self._renewed = None        # the token that replaced a refused one,
@@ -4021,42 +4141,129 @@ class SignIn:
     def pop_is_due(self):
         """Whether a new POP login has to come before the next mail."""
         return self.account.popbeforesmtp and (
-            self._pop_time is None
-            or self._clock() - self._pop_time >= self.account.popcheckdelay)
+            self._pop_login is None or self._clock() >= self._pop_login.ends)
 
     def by_pop(self, config):
-        """One login for all connections of the account, if it is due. Waits
-        config.waitafterpop seconds. Raises AccountUnavailable."""
+        """One login for all connections of the account, if it is due. Returns
+        the PopLogin, None if the account wants none. Raises
+        AccountUnavailable, and PopPending while config.waitafterpop lasts."""
+        if not self.account.popbeforesmtp:
+            return None
         with self._pop_lock:
-            if not self.pop_is_due():
-                return
-            try:
-                self._pop_login(config.debuglevel)
-            except Exception as error:
-                raise AccountUnavailable(self.redact(
-                    'POP login: %s' % explain(error, '%s:%d' % (
-                        self.account.pophost, self.account.popport)))
-                ) from error
-            log.info('%s: POP login as %s; waiting %d s before SMTP',
-                     self.account.pophost, self.account.popusername,
-                     config.waitafterpop)
-            self._pop_time = self._clock()
-            self._pause(config.waitafterpop)
+            if self.pop_is_due():
+                self._pop_login = self._new_pop_login(config)
+            login = self._pop_login
+            if self._clock() < login.opens:
+                raise PopPending(login.opens)
+            login.use()
+            return login
 
-    def _pop_login(self, debuglevel):
-        account = self.account
-        tls = {'context': context_of(account)} if account.popssl else {}
-        pop = pop_class(account.popssl)(account.pophost, account.popport,
-                                        self.redact, debuglevel, **tls)
+    def _new_pop_login(self, config):
+        """Raises AccountUnavailable."""
+        account, wait = self.account, config.waitafterpop
+        if self._renewal:               # the last wait was too short
+            wait = max(wait, RENEWAL_WAIT) * 2 ** (self._renewal - 1)
         try:
+            family = self._talk_pop(config.debuglevel)
+        except Exception as error:
+            unavailable = self._pop_unavailable(error)
+            if not self._is_still_known(str(unavailable)):
+                raise unavailable from error
+            log.info('%s; the login before it was good, so SMTP is tried',
+                     unavailable)
+            self._pop_login.prolong(self._clock())
+            return self._pop_login
+        log.info('%s: POP login as %s; waiting %d s before SMTP',
+                 account.pophost, account.popusername, wait)
+        self._renewal = 0
+        return PopLogin(family, self._clock(), wait, account.popcheckdelay)
+
+    def _is_still_known(self, why):
+        """Whether the server refuses a login only because of the one before,
+        and that one has not failed us."""
+        return bool(self._pop_login and not self._renewal
+                    and self._pop_login.family not in self._without_smtp
+                    and asks_too_soon(why))
+
+    def renew_pop(self, login, id):
+        """A mail was refused behind this PopLogin, perhaps since the server
+        does not know of it. True: a new one comes first, and a longer wait,
+        then the mail is worth another try. False: it had all of that, so its
+        refusal counts."""
+        with self._pop_lock:
+            if login is not self._pop_login:
+                return True             # another connection had it renewed
+            renewal = self._renewals.pop(id, 0) + 1
+            if renewal > RENEWALS:
+                return False
+            self._renewals[id] = renewal
+            self._renewal = max(self._renewal, renewal)
+            login.ends = self._clock()
+            return True
+
+    def leave_family(self, login):
+        """SMTP is not to be had in the family of this PopLogin. True: the
+        other one comes next, with a login of its own. False: there is no
+        other, or it was tried."""
+        with self._pop_lock:
+            if login is not self._pop_login:
+                return True             # another connection has seen to that
+            known = login.family in self._without_smtp
+            self._without_smtp.add(login.family)
+            if known or self._without_smtp >= set(
+                    common_families(self.account)):
+                self._without_smtp.clear()
+                return False
+            log.info('%s cannot be reached from the address that the POP '
+                     'server knows; a POP login over the other version of IP '
+                     'comes first', self.account.server)
+            login.ends = self._clock()
+            return True
+
+    def forget_renewals(self, id):
+        """A mail is done with."""
+        self._renewals.pop(id, None)
+
+    def _pop_unavailable(self, error):
+        """An AccountUnavailable that says what is wrong with the login."""
+        account = self.account
+        why = explain(error, '%s:%d' % (account.pophost, account.popport))
+        return AccountUnavailable('POP login: %s%s%s' % (
+            self.redact(why), pop_advice(account, why),
+            family_advice(account, error)))
+
+    def _talk_pop(self, debuglevel):
+        """One login; returns the family of our address."""
+        account = self.account
+        pop = self._open_pop(debuglevel)
+        try:
+            if account.popssl == 'tls':
+                pop.stls(context_of(account))
             pop.user(account.popusername)
             pop.pass_(account.poppassword)
             try:
                 pop.quit()
             except Exception:
                 pass                    # we are known there, that is enough
+            return pop.family
         finally:
-            pop.close()
+            with contextlib.suppress(OSError):  # TLS that failed has closed it
+                pop.close()
+
+    def _open_pop(self, debuglevel):
+        """In a family in which SMTP is to be had, if that can be."""
+        account = self.account
+        tls = context_of(account) if account.popssl is True else None
+        *families, last = sorted(
+            common_families(account),
+            key=lambda family: family in self._without_smtp)
+        connect = functools.partial(pop_class(), account.pophost,
+                                    account.popport, tls, self.redact,
+                                    debuglevel)
+        for family in families:
+            with contextlib.suppress(OSError):
+                return connect(family)
+        return connect(last)
 
     # SMTP AUTH.
 
@@ -4179,6 +4386,7 @@ class Courier:
         self.account, self.sign_in, self.config = account, sign_in, config
         self.upcoming = None
         self._delivery = self._token = None
+        self._pop_login = None          # the PopLogin that comes before it
 
     @property
     def connected(self):
@@ -4187,9 +4395,9 @@ class Courier:
     def look(self):
         """Is somebody there at smtphost? Raises AccountUnavailable."""
         try:
-            socket.create_connection(
-                (self.account.smtphost, self.account.smtpport),
-                smtps.CONNECT_TIME).close()
+            smtps.connect(
+                self.account.smtphost, self.account.smtpport,
+                smtps.CONNECT_TIME, None, self._family()).close()
         except (OSError, ValueError, LookupError) as error:
             raise self._unavailable('connect', error) from error
 
@@ -4243,6 +4451,26 @@ class Courier:
             return self.upcoming and envelope_of(*self.upcoming)
         return None if self.account.popbeforesmtp else next_envelope
 
+    def wants_pop_login(self, mail, report):
+        """Whether the server may have refused mail only since it does not
+        know of the POP login. Then a new login comes before the next mail,
+        and that refusal is none for good: report says so."""
+        login = self._pop_login
+        if login is None:
+            return False
+        doubtful = [recipient for recipient, reply in report.never.items()
+                    if report.stages[recipient] in ('mail', 'rcpt')
+                    and may_miss_login(reply, login.proven)]
+        if report.sent:
+            login.proven = True
+        if not doubtful or not self.sign_in.renew_pop(login, mail.id):
+            self.sign_in.forget_renewals(mail.id)
+            return False
+        self.close(politely=True)
+        for recipient in doubtful:
+            report.later[recipient] = report.never.pop(recipient)
+        return True
+
     # Getting there.
 
     def _connect(self):
@@ -4250,7 +4478,6 @@ class Courier:
         if self.connected and not self.sign_in.pop_is_due():
             return
         self.close()
-        self.sign_in.by_pop(self.config)
         try:
             self._get_there()
         except TokenRefused as error:   # it may have ended before its time
@@ -4276,12 +4503,28 @@ class Courier:
         self._token = self.sign_in.token(refused)
 
     def _open(self):
+        """With a POP login first, where the account wants that."""
+        while True:
+            self._pop_login = self.sign_in.by_pop(self.config)
+            try:
+                self._delivery = self._dial()
+                return
+            except OSError:
+                if self._pop_login is None or not self.sign_in.leave_family(
+                        self._pop_login):
+                    raise
+
+    def _dial(self):
         account = self.account
         # Without a name of its own smtplib looks one up, which can take long.
-        self._delivery = smtps.Delivery(
+        return smtps.Delivery(
             account.smtphost, account.smtpport, account.localhostname or HOST,
             context_of(account) if account.smtpsecurity == 'ssl' else None,
-            self.sign_in.redact, self.config.debuglevel)
+            self.sign_in.redact, self.config.debuglevel, self._family())
+
+    def _family(self):
+        return self._pop_login.family if self._pop_login else FAMILIES[
+            self.account.ipversion]
 
     def _hello(self):
         self._delivery.hello()
@@ -4302,9 +4545,9 @@ class Courier:
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""
-        trouble = AccountUnavailable('%s: %s%s' % (
+        trouble = AccountUnavailable('%s: %s%s%s' % (
             stage, explain(error, self.account.server),
-            port_advice(self.account)))
+            family_advice(self.account, error), port_advice(self.account)))
         trouble.absent = stage == 'connect' and is_absence(error)
         return trouble
 
@@ -4530,7 +4773,7 @@ class Destination(MailQueue):
         """Sleeps until a mail may be tried. False: there is nothing more to
         do for this thread, which is not counted any more."""
         with self.changed:
-            while not self._is_ready():
+            while self.closed or not self._is_ready():
                 if self.closed or not self.due or self._threads > 1:
                     self._leave()
                     return False
@@ -4605,6 +4848,14 @@ def back_off(tries, config):
     longest = max(first, LONGEST_WAIT)
     return min(first * 2 ** min(tries - 1, 20) * (
         1 + os.urandom(1)[0] / 2560), longest)
+
+
+def why_not(mail, report, server):
+    """What was said to those who have not got it."""
+    failed = dict(mail.refused, **report.later)
+    why = '; '.join('%s for %s' % (reply, listed(recipients))
+                    for reply, recipients in grouped(failed))
+    return why if server in why else '%s said %s' % (server, why)
 
 
 def describe(mail, recipients):
@@ -4744,27 +4995,39 @@ class FailurePolicy:
     def settle(self, mail, report, server, settings):
         """Acts on the verdict of one attempt. Returns when the mail may be
         tried again, None if it is delivered, deleted or parked."""
+        self._note_verdicts(mail, report, server)
+        if mail.to or mail.refused:
+            return self._settle_failure(mail, report, server, settings)
+        self._spool.remove(mail)
+        return None
+
+    def settle_until_login(self, mail, report, server):
+        """The same if a new POP login comes first: deleteonerror does not
+        count yet."""
+        self._note_verdicts(mail, report, server)
+        mail.problem, mail.handled = why_not(mail, report, server), True
+        self._spool.save(mail)
+        log.warning('%s: not delivered: %s; does the server not know of our '
+                    'POP login? a new one and another try come first',
+                    mail.id, mail.problem)
+
+    @staticmethod
+    def _note_verdicts(mail, report, server):
+        """In the log who has got it, in the mail who has not."""
         for reply, recipients in grouped(report.sent):
             log.info('%s: sent to %s by %s: %s', mail.id, listed(recipients),
                      server, reply)
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
-        if report.later or mail.refused:
-            return self._settle_failure(mail, report, server, settings)
-        self._spool.remove(mail)
-        return None
 
     def _settle_failure(self, mail, report, server, settings):
-        failed = dict(mail.refused, **report.later)
-        why = '; '.join('%s for %s' % (reply, listed(recipients))
-                        for reply, recipients in grouped(failed))
-        if server not in why:
-            why = '%s said %s' % (server, why)
+        why = why_not(mail, report, server)
         mail.tries += 1
         mail.problem, mail.handled, mail.parked = why, True, False
         if settings.config.deleteonerror:
             log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
-                      '%s', mail.id, why, describe(mail, failed))
+                      '%s', mail.id, why, describe(
+                          mail, [*mail.refused, *mail.to]))
             self._spool.remove(mail)
             return None
         if not mail.to or self.is_expired(mail.id, settings):
@@ -4862,10 +5125,17 @@ class DeliveryAgent:
             settings = self._relay.settings
             try:
                 report = self._deliver(courier, mail, account)
+            except PopPending as error:
+                return self._settle_pending(mail, error)
             except AccountUnavailable as error:
                 return self._settle_unavailable(mail, error, settings)
             self._note_success()
-            self._settle(mail, report, settings)
+            if courier.wants_pop_login(mail, report):
+                self._relay.policy.settle_until_login(
+                    mail, report, self._server)
+                self._relay.queues.let_go(mail.id, self._destination)
+            else:
+                self._settle(mail, report, settings)
             at_hand = courier.upcoming or self._next_mail(LINGER)
         return True
 
@@ -4900,6 +5170,15 @@ class DeliveryAgent:
     def _settle(self, mail, report, settings):
         when = self._relay.policy.settle(mail, report, self._server, settings)
         self._relay.queues.let_go(mail.id, self._destination, when)
+
+    def _settle_pending(self, mail, error):
+        """No mail of the account goes before the POP login has sunk in. That
+        is no failure. Returns True: this thread goes on."""
+        destination = self._destination
+        destination.defer(error.until - destination.clock(), str(error),
+                          destination.absent, destination.failures)
+        self._relay.queues.let_go(mail.id, destination)
+        return True
 
     def _settle_unavailable(self, mail, error, settings):
         """The account can't be used, or takes no more connections. Returns

@@ -1247,24 +1247,27 @@ class Report:
     """What became of each recipient at one attempt.
 
     sent, later, never: {recipient: reply (str)}: accepted; refused for now;
-    refused for good. open: list of those without a verdict yet. error: None,
-    or the OSError that ended the connection before all had theirs."""
+    refused for good. stages: {recipient: what the reply was to}: mail, rcpt,
+    data or dot; '' if no server said it. open: list of those without a verdict
+    yet. error: None, or the OSError that ended the connection before all had
+    theirs."""
 
     def __init__(self, recipients):
         self.open, self.error = list(recipients), None
-        self.sent, self.later, self.never = {}, {}, {}
+        self.sent, self.later, self.never, self.stages = {}, {}, {}, {}
 
-    def settle(self, recipient, code, text):
+    def settle(self, recipient, code, text, stage=''):
         """Files a recipient under what the code means."""
         verdict = self.sent if 200 <= code < 300 else (
             self.never if 500 <= code < 600 else self.later)
-        verdict[recipient] = '%d %s' % (code, text)
+        verdict[recipient], self.stages[recipient] = '%d %s' % (
+            code, text), stage
         self.open.remove(recipient)
 
-    def settle_all(self, code, text):
+    def settle_all(self, code, text, stage=''):
         """The same for all that are open."""
         for recipient in self.open[:]:
-            self.settle(recipient, code, text)
+            self.settle(recipient, code, text, stage)
 
     def give_up(self, text):
         """What is still open has to be tried again."""
@@ -1327,15 +1330,55 @@ def limit_wait(sock, seconds):
         sock.settimeout(seconds)
 
 
+def connect(host, port, seconds, tls=None, family=socket.AF_UNSPEC):
+    """A socket, connected to the first address of the name that answers
+    within so many seconds. family: AF_INET or AF_INET6 if no other will do;
+    tls: an ssl.SSLContext if TLS begins at once. Raises as Delivery."""
+    trouble = OSError('no address')
+    for kind in socket.getaddrinfo(host, port, family, socket.SOCK_STREAM):
+        try:
+            sock = connected(*kind[:3], kind[4], seconds)
+        except OSError as error:
+            trouble = error
+            continue
+        return secured(sock, host, tls) if tls else sock
+    raise trouble
+
+
+def connected(family, kind, protocol, address, seconds):
+    """A socket of one address. Raises OSError."""
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(address)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def secured(sock, host, tls):
+    """The socket with TLS around it. Raises OSError, then it is closed."""
+    try:
+        return tls.wrap_socket(sock, server_hostname=host)
+    except BaseException:
+        sock.close()
+        raise
+
+
 class SmtpDialogue:
     """Mixed into smtplib's classes: replies are bounded, and the dialogue
     goes to our log, without secrets."""
 
-    def __init__(self, host, port, name, redact, debuglevel, **tls):
+    def __init__(self, host, port, name, tls, redact, debuglevel, family):
         # The constructor of smtplib connects, and that uses these.
         self.redact, self.debuglevel = redact, debuglevel
+        self.tls, self.family = tls, family
         self.secret, self.reply_time = False, None
-        super().__init__(host, port, name, timeout=CONNECT_TIME, **tls)
+        super().__init__(host, port, name, timeout=CONNECT_TIME)
+
+    def _get_socket(self, host, port, timeout):
+        return connect(host, port, timeout, self.tls, self.family)
 
     def getreply(self):
         if self.file is None:
@@ -1356,12 +1399,11 @@ class SmtpDialogue:
 
 
 @functools.lru_cache(None)
-def dialogue_class(secure):
+def dialogue_class():
     """Made when first needed, since smtplib alone costs a small box nine
-    megabytes. secure: TLS from the first byte."""
+    megabytes."""
     import smtplib
-    return type('Smtp', (SmtpDialogue, smtplib.SMTP_SSL if secure
-                         else smtplib.SMTP), {})
+    return type('Smtp', (SmtpDialogue, smtplib.SMTP), {})
 
 
 class Delivery:
@@ -1387,17 +1429,18 @@ class Delivery:
 
     used: bool, a mail has gone this way, be it refused."""
 
-    def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0):
+    def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0,
+                 family=socket.AF_UNSPEC):
         """Connects and hears the greeting. host, name (for EHLO): str; tls:
         an ssl.SSLContext if TLS begins at once; redact: callable(str) -> str,
         takes secrets out of what the server says; debuglevel: 1 or more logs
-        the dialogue at INFO. Raises OSError, ValueError or LookupError (an
-        impossible host name), ImportError."""
+        the dialogue at INFO; family: AF_INET or AF_INET6 if no other will do.
+        Raises OSError, ValueError or LookupError (an impossible host name),
+        ImportError."""
         self._host, self._port = host, port
         self._redact, self._debuglevel = redact, debuglevel
-        extra = {'context': tls} if tls else {}
-        self._smtp = dialogue_class(tls is not None)(
-            host, port, name, redact, debuglevel, **extra)
+        self._smtp = dialogue_class()(
+            host, port, name, tls, redact, debuglevel, family)
         self._smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._under_way = None      # the Envelope behind the last final dot
         self._unfinished = False    # a transaction needs RSET
@@ -1523,15 +1566,15 @@ class Delivery:
         """Files those who were refused; True if the server waits for the
         content. Raises OSError if the replies make no sense."""
         if mail[0] >= 300:
-            report.settle_all(*mail)
+            report.settle_all(*mail, 'mail')
         for recipient, reply in zip(report.open[:], recipients):
             if reply[0] >= 300:
-                report.settle(recipient, *reply)
+                report.settle(recipient, *reply, 'rcpt')
         if data[0] == 354:
             return True
         if data[0] < 400:
             raise OSError('DATA was answered %d %s' % data)
-        report.settle_all(*data)
+        report.settle_all(*data, 'data')
         return False
 
     def _finish(self, report, header, body, following):
@@ -1549,7 +1592,7 @@ class Delivery:
         reply = self._any_reply(DOT_TIME)
         if 300 <= reply[0] < 400:
             raise OSError('the final dot was answered %d %s' % reply)
-        report.settle_all(*reply)
+        report.settle_all(*reply, 'dot')
         if reply[0] == 421:
             self.close()
 
@@ -1582,7 +1625,7 @@ class Delivery:
             raise error
         if code < 400:
             raise error
-        report.settle_all(code, text)
+        report.settle_all(code, text, 'dot')
         self.close()
 
     # Bytes out and in.

@@ -313,8 +313,10 @@ class Fake(contextlib.AbstractContextManager):
         self.changed = threading.Condition()    # guards all that is recorded
         self.closing, self.used = threading.Event(), collections.Counter()
         self.talking, self.threads = [], []
-        self.listener = socket.create_server((host, port))
-        self.address = self.host, self.port = self.listener.getsockname()
+        self.listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ':' in host
+            else socket.AF_INET)
+        self.address = self.host, self.port = self.listener.getsockname()[:2]
         self.begin(self.listen, 'listener')
 
     def __exit__(self, *_):
@@ -566,9 +568,18 @@ class FakeSMTP(Fake):
 class POPConversation(Conversation):
     """RFC 1939 with an empty maildrop."""
     USUAL = {'CONNECT': '+OK fake', 'QUIT': '+OK bye', 'NOOP': '+OK',
-             'CAPA': '+OK\nUSER\n.', '?': '-ERR what?',
+             '?': '-ERR what?',
              'right': '+OK welcome', 'wrong': '-ERR [AUTH] wrong'}
     name = None
+
+    def do_CAPA(self, _):
+        offered = self.server.tls and not self.tls
+        self.says('+OK\nUSER\n%s.' % ('STLS\n' if offered else ''))
+
+    def do_STLS(self, _):
+        demand(self.server.tls and not self.tls, '-ERR not now')
+        if self.says('+OK go ahead'):
+            self.begin_tls()
 
     def do_USER(self, name):
         demand(name and self.user is None, '-ERR not now')
@@ -585,11 +596,14 @@ class POPConversation(Conversation):
 
 
 class FakePOP(Fake):
-    """A POP3 server; with tls from the first byte."""
+    """A POP3 server; with tls from the first byte, unless implicit=False: then
+    by STLS."""
     TALK, AWAITED = POPConversation, 'logins'
 
-    def __init__(self, script=None, users=None, tls=None, **options):
-        super().__init__(script, users, tls, implicit=bool(tls), **options)
+    def __init__(self, script=None, users=None, tls=None, implicit=True,
+                 **options):
+        super().__init__(script, users, tls, implicit=bool(tls and implicit),
+                         **options)
 
 
 # --- OAuth2 -----------------------------------------------------------------

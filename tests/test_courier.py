@@ -3,6 +3,7 @@ follow a script. The protocol of a delivery is in test_delivery.py, what
 becomes of a mail that could not be delivered in test_relay.py."""
 import base64
 import re
+import socket
 import ssl
 import unittest
 from unittest import mock
@@ -11,8 +12,8 @@ import smtpproxy
 import smtps
 from tests.case import A, B, SENDER, FolderCase
 from tests.fakes import (
-    CERTIFICATE, DROP, EXTENSIONS, Clock, FakePOP, FakeSMTP, server_tls,
-    wait_until)
+    CERTIFICATE, DROP, ENDLESS_LINE, EXTENSIONS, Clock, FakePOP, FakeSMTP,
+    server_tls, wait_until)
 
 C = 'c@example.org'
 USER, PASSWORD = 'me', 'geheim%%'
@@ -20,6 +21,12 @@ USERS = {USER: PASSWORD}
 LOGIN = {'smtpusername': USER, 'smtppassword': PASSWORD}
 TRUST = {'tlscafile': CERTIFICATE}
 HELLO = b'Subject: test\r\n\r\nhello\r\n'
+
+
+def ENDLESS_LIST(conversation):
+    """An answer of many lines, for as long as the client takes it."""
+    conversation.say('+OK')
+    ENDLESS_LINE(conversation, b'WORD\r\n' * 4096)
 
 
 def said(outcome):
@@ -68,8 +75,7 @@ class CourierCase(FolderCase):
                      'localhostname': 'box.home.lan'}, **keys)
         config = smtpproxy.Config(**dict({'waitafterpop': 0}, **config or {}))
         account = smtpproxy.Account(**keys)
-        return self.another(smtpproxy.SignIn(
-            account, self.clock, self.clock.sleep), config)
+        return self.another(smtpproxy.SignIn(account, self.clock), config)
 
     def another(self, sign_in, config):
         """A courier that shares what its account asks for."""
@@ -126,14 +132,42 @@ class ByPOP(CourierCase):
                 self.assertEqual([(USER, 1000.0)], pop.logins)
 
     def test_it_waits_between_login_and_smtp(self):
-        pop, smtp, connections = self.pop(), self.smtp(), []
-        self.clock.sleep = lambda seconds: connections.append(
-            (seconds, len(pop.logins), smtp.connections))
+        pop, smtp = self.pop(), self.smtp()
         courier = self.courier(smtp, {'waitafterpop': 5}, **self.keys(pop))
 
-        self.deliver(courier)
+        for seconds in 0, 4.5:
+            self.clock.advance(seconds)
+            pending = self.deliver(courier)
+            self.assertEqual(1005, pending.until)
+            self.assertEqual((1, 0), (len(pop.logins), smtp.connections))
 
-        self.assertEqual([(5, 1, 0)], connections)
+        self.clock.advance(0.5)
+        self.assertSent(self.deliver(courier))
+
+    def test_a_login_that_ends_before_its_wait_is_used_all_the_same(self):
+        pop, smtp = self.pop(), self.smtp()
+        courier = self.courier(smtp, {'waitafterpop': 50},
+                               **self.keys(pop, popcheckdelay=0))
+        for count in 1, 2:
+            with self.subTest(count):
+                self.assertIsInstance(self.deliver(courier),
+                                      smtpproxy.PopPending)
+                self.clock.advance(50)
+
+                self.assertSent(self.deliver(courier))
+
+                self.assertEqual(count, len(pop.logins))
+
+    def test_the_first_login_is_due_soon_after_the_box_was_started(self):
+        """Its clock counts from there, and popcheckdelay may be a day."""
+        self.clock.now = 3.0
+        pop, smtp = self.pop(), self.smtp()
+
+        report = self.deliver(self.courier(
+            smtp, **self.keys(pop, popcheckdelay=86400)))
+
+        self.assertSent(report)
+        self.assertEqual(1, len(pop.logins))
 
     def test_a_login_is_good_for_popcheckdelay(self):
         pop, smtp = self.pop(), self.smtp()
@@ -181,6 +215,75 @@ class ByPOP(CourierCase):
         self.assertUnavailable(self.deliver(courier), 'locked')
         self.assertSent(self.deliver(courier))
 
+    def test_who_wants_no_login_yet_knows_us_by_the_one_before(self):
+        for reply in ('-ERR [LOGIN-DELAY] minimum time between logins is 900',
+                      '-ERR login limit exceeded', '-ERR too many logins'):
+            with self.subTest(reply):
+                pop, smtp = self.pop(script={'PASS': [None, reply]}), (
+                    self.smtp())
+                courier = self.courier(smtp, **self.keys(pop))
+                for seconds, tries in ((0, 1), (60, 2), (59, 2), (1, 3)):
+                    self.clock.advance(seconds)
+
+                    self.assertSent(self.deliver(courier))
+
+                    self.assertEqual(tries, pop.connections)
+
+    def test_but_not_if_there_was_none_or_mail_was_refused_behind_it(self):
+        delay = '-ERR [LOGIN-DELAY] later'
+        smtp = self.smtp({'RCPT': '550 5.7.1 POP first'})
+        first = self.courier(smtp, **self.keys(self.pop(
+            script={'PASS': delay})))
+        second = self.courier(smtp, **self.keys(self.pop(
+            script={'PASS': [None, delay]})))
+
+        self.assertUnavailable(self.deliver(first), 'LOGIN-DELAY')
+        self.assertTrue(self.wants_login(second))
+        self.assertUnavailable(self.deliver(second), 'LOGIN-DELAY')
+
+    def test_only_a_refusal_that_may_be_of_that_wants_a_new_login(self):
+        for stage, reply, unproven, proven in (
+                ('RCPT', '550 5.7.1 Relaying denied', True, True),
+                ('RCPT', '554 5.7.1 authenticate with POP first', True, True),
+                ('RCPT', '550 5.1.1 relay access denied', True, True),
+                ('MAIL', '530 Login first', True, True),
+                ('RCPT', '550 5.7.1 not today', True, False),
+                ('RCPT', '550 no such user', True, False),
+                ('RCPT', '550 5.1.1 no such user <login@x>', False, False),
+                ('RCPT', '550 5.2.1 a popular mailbox', False, False),
+                ('MAIL', '552 5.3.4 too big', False, False),
+                ('DATA', '554 5.7.1 Relaying denied', False, False),
+                ('.', '554 5.7.1 Relaying denied', False, False)):
+            with self.subTest(stage + reply):
+                courier = self.courier(self.smtp({stage: [
+                    reply, None, reply]}), **self.keys(self.pop()))
+
+                self.assertEqual([unproven, False, proven], [
+                    self.wants_login(courier) for _ in range(3)])
+
+    def wants_login(self, courier):
+        """What becomes of the next mail."""
+        mail = self.mail()
+        report = self.deliver(courier, mail)
+        if isinstance(report, smtpproxy.PopPending):
+            self.clock.advance(5)
+            report = self.deliver(courier, mail)
+        return courier.wants_pop_login(mail, report)
+
+    def test_two_connections_that_are_refused_share_a_new_login(self):
+        pop, smtp = self.pop(), self.smtp({'RCPT': '550 5.7.1 POP first'})
+        first = self.courier(smtp, **self.keys(pop))
+        second = self.another(first.sign_in, first.config)
+        mails = [(one, self.mail()) for one in (first, second)]
+
+        reports = [self.deliver(*one) for one in mails]
+        for (courier, mail), report in zip(mails, reports):
+            self.assertTrue(courier.wants_pop_login(mail, report))
+            self.assertIsInstance(self.deliver(courier, mail),
+                                  smtpproxy.PopPending)
+
+        self.assertEqual(2, len(pop.logins))
+
     def test_a_lost_reply_to_quit_costs_nothing(self):
         """The login counts as soon as PASS was answered +OK."""
         pop, smtp = self.pop(script={'QUIT': DROP}), self.smtp()
@@ -197,6 +300,201 @@ class ByPOP(CourierCase):
 
         self.assertUnavailable(report, 'POP login', 'certificate', 'tlscafile')
         self.assertEqual([], pop.logins)
+
+    def test_popssl_tls_encrypts_before_the_password(self):
+        """With Dovecot's default there is no other login on port 110."""
+        pop, smtp = self.pop(tls=server_tls(), implicit=False), self.smtp()
+
+        report = self.deliver(self.courier(
+            smtp, **self.keys(pop, popssl='tls')))
+
+        self.assertSent(report)
+        self.assertEqual(['CAPA', 'STLS', 'USER', 'PASS', 'QUIT'],
+                         self.verbs(pop))
+
+    def test_popssl_tls_shows_no_password_without_tls(self):
+        smtp, listed = self.smtp(), '+OK\nUSER\nSTLS\n.'
+        for script, tls, keys, word in (
+                ({}, None, {}, 'popport=995'),
+                ({'CAPA': '-ERR what?'}, None, {}, 'plain text'),
+                ({'CAPA': listed, 'STLS': '-ERR no'}, None, {}, 'no'),
+                ({}, server_tls(), {'tlscafile': ''}, 'certificate')):
+            with self.subTest(word):
+                pop = self.pop(script=script, tls=tls, implicit=False)
+
+                report = self.deliver(self.courier(
+                    smtp, **self.keys(pop, popssl='tls', **keys)))
+
+                self.assertUnavailable(report, 'POP login', word)
+                self.assertNotIn('PASS', self.verbs(pop))
+
+    def test_a_list_without_end_ends(self):
+        pop = self.pop(script={'CAPA': ENDLESS_LIST})
+
+        report = self.deliver(self.courier(
+            self.smtp(), **self.keys(pop, popssl='tls')))
+
+        self.assertUnavailable(report, 'the reply does not end')
+
+
+V4, V6 = '127.0.0.1', '::1'
+
+
+def name_server(names):
+    """socket.getaddrinfo for names: {name: its addresses, best first}."""
+    real = socket.getaddrinfo
+
+    def look_up(host, port, family=0, *more, **options):
+        found = [entry for address in names.get(host, [host])
+                 for entry in real(address, port, 0, *more, **options)
+                 if family in (0, entry[0])]
+        if not found:
+            raise socket.gaierror(socket.EAI_NONAME, 'no such address')
+        return found
+    return mock.patch('socket.getaddrinfo', look_up)
+
+
+class IPVersions(CourierCase):
+    """pop.test and smtp.test have servers at 127.0.0.1 and ::1, at one port.
+    What pop and smtp hold for each is the fake that listens there."""
+
+    def setUp(self):
+        super().setUp()
+        try:
+            self.pop = self.both(FakePOP, users=USERS, clock=self.clock)
+            self.smtp = self.both(FakeSMTP)
+        except OSError as error:
+            self.skipTest('no IPv6 on this box: %s' % error)
+        self.names = {'pop.test': [V6, V4], 'smtp.test': [V6, V4]}
+        names = name_server(self.names)
+        names.start()
+        self.addCleanup(names.stop)
+
+    def both(self, kind, **options):
+        """{address: a fake there}, at one port."""
+        first = self.serve(kind(host=V6, **options))
+        return {V6: first, V4: self.serve(kind(
+            host=V4, port=first.port, **options))}
+
+    def way(self, config=None, **keys):
+        """A courier that logs in by POP."""
+        return self.courier(self.smtp[V4], config, **dict({
+            'smtphost': 'smtp.test', 'popbeforesmtp': True, 'popssl': False,
+            'pophost': 'pop.test', 'popport': self.pop[V4].port,
+            'popusername': USER, 'poppassword': PASSWORD}, **keys))
+
+    def logins(self):
+        """How many there were over IPv6, over IPv4."""
+        return len(self.pop[V6].logins), len(self.pop[V4].logins)
+
+    def sent(self):
+        return len(self.smtp[V6].mails), len(self.smtp[V4].mails)
+
+    def test_ipversion_is_that_of_smtp(self):
+        for version, sent in (('any', (1, 0)), ('6', (2, 0)), ('4', (2, 1))):
+            with self.subTest(version):
+                report = self.deliver(self.way(
+                    popbeforesmtp=False, ipversion=version))
+
+                self.assertSent(report)
+                self.assertEqual(sent, self.sent())
+
+    def test_and_of_pop(self):
+        for version, logins in (('6', (1, 0)), ('4', (1, 1))):
+            with self.subTest(version):
+                self.assertSent(self.deliver(self.way(ipversion=version)))
+                self.assertEqual(logins, self.logins())
+                self.assertEqual(logins, self.sent())
+
+    def test_a_name_without_such_an_address_is_named_with_the_key(self):
+        self.names.update({'pop.test': [V6], 'smtp.test': [V6]})
+        for pop in True, False:
+            with self.subTest(popbeforesmtp=pop):
+                trouble = self.deliver(self.way(
+                    ipversion='4', popbeforesmtp=pop))
+
+                self.assertUnavailable(trouble, '.test', 'ipversion=4')
+
+    def test_the_provider_sees_one_address_of_ours(self):
+        """Else it opens the door for the wrong one."""
+        for pop, smtp, way in (([V6, V4], [V6, V4], (1, 0)),
+                               ([V6, V4], [V4], (1, 1)),
+                               ([V4], [V6, V4], (1, 2)),
+                               ([V4, V6], [V6, V4], (2, 2))):
+            with self.subTest(pop=pop, smtp=smtp):
+                self.names.update({'pop.test': pop, 'smtp.test': smtp})
+
+                self.assertSent(self.deliver(self.way()))
+
+                self.assertEqual((way, way), (self.logins(), self.sent()))
+
+    def test_without_a_version_in_common_each_has_its_own(self):
+        self.names.update({'pop.test': [V6], 'smtp.test': [V4]})
+
+        self.assertSent(self.deliver(self.way()))
+
+        self.assertEqual(((1, 0), (0, 1)), (self.logins(), self.sent()))
+
+    def test_pop_that_is_away_in_one_goes_the_other_way_with_smtp(self):
+        self.pop[V6].close()
+
+        self.assertSent(self.deliver(self.way()))
+
+        self.assertEqual(((0, 1), (0, 1)), (self.logins(), self.sent()))
+
+    def test_smtp_in_the_other_needs_a_login_there(self):
+        away = self.smtp[V6]
+        for trouble in (lambda: away.script.update({'': '554 5.7.1 no DNS'}),
+                        away.close):
+            with self.subTest(trouble):
+                trouble()
+                courier = self.way({'waitafterpop': 5}, popcheckdelay=30)
+                before = self.logins()[1]
+
+                for _ in range(2):
+                    self.assertIsInstance(self.deliver(courier),
+                                          smtpproxy.PopPending)
+                    self.clock.advance(5)
+
+                self.assertSent(self.deliver(courier))
+                self.assertEqual(before + 1, self.logins()[1])
+
+    def test_that_way_is_kept(self):
+        self.smtp[V6].close()
+        courier = self.way(popcheckdelay=30)
+
+        for _ in range(4):
+            self.assertSent(self.deliver(courier))
+            self.clock.advance(30)
+
+        self.assertEqual((1, 4), self.logins())
+
+    def test_where_nobody_takes_mail_each_way_costs_one_login(self):
+        for server in self.smtp.values():
+            server.close()
+
+        trouble = self.deliver(self.way())
+
+        self.assertUnavailable(trouble, 'smtp.test')
+        self.assertTrue(trouble.absent)
+        self.assertEqual((1, 1), self.logins())
+
+    def test_a_way_without_pop_is_no_other_way(self):
+        self.smtp[V6].close()
+        self.pop[V4].close()
+
+        trouble = self.deliver(self.way())
+
+        self.assertUnavailable(trouble, 'connect', 'smtp.test')
+        self.assertEqual((2, 0), self.logins())
+
+    def test_too_soon_for_a_login_there_is_too_soon(self):
+        self.smtp[V6].close()
+        self.pop[V4].script['PASS'] = '-ERR [LOGIN-DELAY] 900'
+
+        trouble = self.deliver(self.way())
+
+        self.assertUnavailable(trouble, 'LOGIN-DELAY')
 
 
 class Secured(CourierCase):

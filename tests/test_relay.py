@@ -353,7 +353,7 @@ class Absent(RelayCase):
 
     def nobody(self, error):
         """As long as this context lasts no server can be reached."""
-        return mock.patch('socket.create_connection', side_effect=error)
+        return mock.patch('smtps.connect', side_effect=error)
 
     def test_mail_goes_soon_after_the_way_to_a_server_is_back(self):
         for error in (ConnectionRefusedError(errno.ECONNREFUSED, 'refused'),
@@ -408,6 +408,145 @@ class Absent(RelayCase):
             wait_until(self.at_rest)
 
         self.assertEqual(before, self.upstream.connections)
+
+
+class PopBeforeSMTP(RelayCase):
+    """A POP login comes before the mail, and has to sink in."""
+
+    def setUp(self):
+        super().setUp()
+        self.pop = self.serve(FakePOP(clock=self.clock))
+
+    def begin(self, config=None, **keys):
+        super().begin(dict({'waitafterpop': 5}, **config or {}), {
+            SENDER: self.account(**dict({
+                'popbeforesmtp': 'true', 'pophost': self.pop.host,
+                'popport': self.pop.port, 'popssl': 'false',
+                'popusername': 'me', 'poppassword': 'pw'}, **keys))})
+
+    def assertAtRest(self, logins):
+        """So many POP logins, and nobody has anything to do now."""
+        self.pop.wait(logins)
+        wait_until(self.at_rest)
+        self.assertEqual(logins, len(self.pop.logins))
+
+    def test_all_mail_goes_once_the_login_has_sunk_in(self):
+        self.begin()
+        for _ in range(3):
+            self.put()
+        self.assertAtRest(1)
+        self.advance(4.9)
+        self.assertEqual(0, self.upstream.connections)
+
+        self.advance(.2)
+
+        self.upstream.wait(3)
+        self.assertGone()
+        self.assertEqual(1, len(self.pop.logins))
+
+    def test_a_stop_does_not_wait_for_that(self):
+        for delete in 'false', 'true':
+            with self.subTest(deleteonerror=delete):
+                self.begin({'waitafterpop': 3600, 'deleteonerror': delete})
+                self.put()
+                self.pop.wait(1)
+                start = time.monotonic()
+
+                self.end()
+
+                self.assertLess(time.monotonic() - start, 3)
+                self.assertSpooled(1)
+                self.assertNotLogged('stopped during a delivery')
+                shutil.rmtree(self.path('msgs'))
+
+    def opens(self, when):
+        """For a script: relays from that time on only."""
+        return lambda _: None if self.clock.now >= when else (
+            '550 5.7.1 Relaying denied: authenticate with POP first')
+
+    def seconds(self):
+        """When the POP logins were, counted from the first."""
+        return [int(at - self.pop.logins[0][1]) for _, at in self.pop.logins]
+
+    def test_mail_goes_though_the_login_sinks_in_late(self):
+        for delete in 'false', 'true':
+            with self.subTest(deleteonerror=delete):
+                self.upstream.script['RCPT'] = self.opens(self.clock.now + 15)
+                self.begin({'deleteonerror': delete, 'waitafterpop': 1})
+                for _ in range(3):
+                    self.put()
+
+                self.advance_until(lambda: len(self.upstream.mails) == 3, .5)
+
+                self.assertGone()
+                self.assertEqual([0, 1, 6], self.seconds())
+                self.assertNotLogged('ERROR')
+                self.clear()
+                self.upstream.mails.clear()
+                self.pop.logins.clear()
+
+    def test_after_three_more_logins_the_refusal_counts(self):
+        self.upstream.script['RCPT'] = '550 5.7.1 not today'
+        for delete, word, kept in (('false', 'kept in msgs', 1),
+                                   ('true', 'deleted', 0)):
+            with self.subTest(deleteonerror=delete):
+                self.begin({'deleteonerror': delete})
+                id = self.put()
+                self.advance_until(lambda: word in self.log(), 1)
+
+                self.assertLogged('ERROR', id, word, '550 5.7.1 not today')
+                self.assertSpooled(kept)
+                self.assertEqual([0, 5, 10, 20], self.seconds())
+                self.assertEqual(4, len(self.verbs('RCPT')))
+                self.clear()
+                self.pop.logins.clear()
+                self.upstream.commands.clear()
+
+    def test_who_has_taken_mail_since_the_login_knows_us(self):
+        self.upstream.script['RCPT TO:<%s>' % B] = '550 who is that?'
+        self.begin({'waitafterpop': 0})
+        self.put()
+        self.upstream.wait(1)
+
+        id = self.put(to=(B,))
+
+        self.assertLogged('ERROR', id, 'refused for good')
+        self.assertEqual(1, len(self.pop.logins))
+
+    def test_but_may_forget_us_before_the_login_is_old(self):
+        self.begin({'waitafterpop': 0})
+        self.put()
+        self.upstream.wait(1)
+        self.upstream.script['RCPT'] = ['554 5.7.1 Relay access denied', None]
+
+        self.put()
+        self.assertAtRest(2)
+        self.advance(5)
+
+        self.upstream.wait(2)
+
+    def test_who_has_got_it_before_that_gets_it_once(self):
+        self.upstream.script['RCPT TO:<%s>' % B] = ['550 5.7.1 no', None]
+        self.upstream.script['RCPT TO:<%s>' % C] = '550 5.1.1 never'
+        self.begin({'waitafterpop': 0})
+        id = self.put(to=(A, B, C))
+        self.assertAtRest(2)
+        self.assertEqual(([B], [C]), (self.spool.load(id).to, list(
+            self.spool.load(id).refused)))
+
+        self.advance(5)
+
+        self.assertEqual([[A], [B]], [m.to for m in self.upstream.wait(2)])
+        self.assertLogged('ERROR', id, 'refused for good', '5.1.1 never')
+
+    def test_what_comes_meanwhile_hears_what_it_waits_for(self):
+        self.begin()
+        self.put()
+        self.assertAtRest(1)
+
+        id = self.put()
+
+        self.assertLogged('INFO', id, 'the POP login has to sink in')
 
 
 class OneAccountAndAnother(RelayCase):
@@ -810,6 +949,22 @@ class Misfortune(RelayCase):
         self.assertNotLogged('stopped during a delivery')
         self.assertLogged('WARNING', id, '421 4.3.2 busy')
         self.assertSpooled(1)
+
+    def test_no_thread_goes_on_after_a_stop(self):
+        self.upstream.script['.'] = lambda talk: self.wait_at_gate(talk)
+        self.begin()
+        for _ in range(5):
+            self.put()
+        wait_until(lambda: self.verbs('DATA'))
+        stopper = threading.Thread(target=self.end, name='stopper')
+        stopper.start()
+        wait_until(lambda: not self.relay)
+
+        self.gate.set()
+
+        stopper.join()
+        wait_until(lambda: not any(thread.name.startswith('relay-')
+                                   for thread in threading.enumerate()))
 
     def test_stop_ends_a_lingering_connection_at_once(self):
         self.begin()

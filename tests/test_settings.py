@@ -178,6 +178,12 @@ class Reading(SettingsCase):
                 settings = self.load('[config]\ndeleteonerror=%s\n' % text)
                 self.assertIs(value, settings.config.deleteonerror)
 
+    def test_popssl_knows_stls_too(self):
+        for text, value in (('true', True), ('off', False), ('TLS', 'tls')):
+            with self.subTest(text):
+                account = self.account('smtphost=mx\npopssl=%s\n' % text)
+                self.assertEqual(value, account.popssl)
+
     def test_choices_in_any_case(self):
         account = self.account(
             'smtphost=mx\nsmtpsecurity=TLS\nsmtpauth=Cram-MD5\n')
@@ -486,6 +492,12 @@ class Warnings(SettingsCase):
         return '\n'.join(
             warning for warning in smtpproxy.load(path).warnings
             if not warning.startswith(smtpproxy.HOME))
+
+    def test_stls_on_the_port_where_tls_begins_at_once(self):
+        account = '[a@b]\nsmtphost=mx\npopssl=tls\n'
+
+        self.assertIn('popssl=true', self.warnings(account))
+        self.assertEqual('', self.warnings(account + 'popport=110\n'))
 
     def test_an_ini_with_passwords_that_others_can_read(self):
         secret = '[a@b]\nsmtphost=mx\nlocalpassword=x\n'
