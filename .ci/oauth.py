@@ -296,10 +296,11 @@ class Ground(Case):
                 answer = dict(urllib.parse.parse_qsl(
                     urllib.parse.urlsplit(address).query))
                 self.assertEqual(answer['state'], 'a state')
-                self.assertEqual(tokens.post(
+                got = tokens.post(
                     '/token', client_id=CONFIDENTIAL, client_secret=SECRET,
                     grant_type='authorization_code', code=answer['code'],
-                    code_verifier=proof, redirect_uri=back)[0], status)
+                    code_verifier=proof, redirect_uri=back)
+                self.assertEqual(got[0], status, got)
 
     def test_app(self):
         question = {'client_id': APP, 'scope': 'smtp.send',
