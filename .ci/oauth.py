@@ -309,7 +309,8 @@ class Ground(Case):
                                      **question)
         self.assertEqual(status, 200)
         self.assertEqual(login('XOAUTH2', answer['access_token']), [235])
-        status, answer = tokens.post('/token', client_secret='not the secret', **question)
+        status, answer = tokens.post(
+            '/token', client_secret='a wrong secret', **question)
         self.assertEqual((status, answer['error']), (401, 'invalid_client'))
 
     def test_rotation_and_reuse(self):

@@ -131,7 +131,10 @@ function configuration() {
     return {
         adapter: Memory,
         clients: [
-            { ...NATIVE, client_id: 'box', token_endpoint_auth_method: 'none' },
+            {
+                ...NATIVE, client_id: 'box',
+                token_endpoint_auth_method: 'none',
+            },
             {
                 ...NATIVE, client_id: 'desktop',
                 client_secret: settings.secret,
