@@ -185,7 +185,7 @@ class Person:
                 page, away = self.open(form.link)
                 return away or page
             data = urllib.parse.urlencode({
-                name: value or answers[name]
+                name: answers.get(name) or value
                 for name, value in form.fields.items()}).encode()
             page, away = self.open(form.action, data)
         raise AssertionError('the pages do not end:\n' + page)

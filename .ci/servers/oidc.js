@@ -85,7 +85,7 @@ function fingerprint(secret) {
 
 async function record(ctx, next) {
     const arrived = now();
-    if (ctx.path === '/token') await sleep(rules.before);
+    if (ctx.path === '/token' && rules.before) await sleep(rules.before);
     await next();
     const asked = ctx.oidc?.params ?? {}, answer = ctx.body ?? {};
     for (const name of SECRETS) {
