@@ -1,6 +1,6 @@
 """smtpproxy signs in at a real token server and sends through a real Dovecot.
 
-    .ci/run oauth [-- Class[.test]] [-- --kills N]
+    .ci/run oauth [-- [Class[.test]] [--kills N]]
 
 The servers are described in signin.py. The class Ground tries them without
 the program; all others run the program, as soon as it knows --login.
