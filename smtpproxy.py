@@ -24,6 +24,7 @@ import queue
 import re
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -72,63 +73,155 @@ NETWORKS = ('127.0.0.0/8 10.0.0.0/8 172.16.0.0/12 192.168.0.0/16 '
             '169.254.0.0/16 ::1 fc00::/7 fe80::/10')
 
 
-# In these classes: field name = ini key, annotation = type, default = default.
+# How a value of the ini is read: each of these takes its text and warn(str),
+# for what works but is not what stands there, and returns the value. Raises
+# ValueError, which says what would be right.
+
+def boolean(text, warn):
+    if text.lower() in ('true', 'yes', 'on', '1'):
+        return True
+    if text.lower() in ('false', 'no', 'off', '0'):
+        return False
+    raise ValueError('must be true or false')
+
+
+class Number:
+    """A whole number from least to most."""
+
+    def __init__(self, least, most):
+        self.least, self.most = least, most
+
+    def __call__(self, text, warn):
+        digits = text.lstrip('0')[:20] or '0'   # thousands Python won't read
+        if not re.fullmatch('[0-9]+', text) or int(digits) < self.least:
+            self.refuse()
+        if int(digits) > self.most:
+            return self.too_large(text, warn)
+        return int(digits)
+
+    def refuse(self):
+        raise ValueError('must be a whole number from %d to %d' % (
+            self.least, self.most))
+
+    def too_large(self, text, warn):
+        self.refuse()
+
+
+class Capped(Number):
+    """The same for keys of 1.x, which knew no largest: an ini with more than
+    that has to work on."""
+
+    def too_large(self, text, warn):
+        warn('= %s is too much: %d counts, the largest' % (text, self.most))
+        return self.most
+
+
+class Choice:
+    """One of these words, in any case."""
+
+    def __init__(self, *words):
+        self.words = words
+
+    def __call__(self, text, warn):
+        for word in self.words:
+            if text.lower() == word.lower():
+                return word
+        raise ValueError('must be one of ' + ', '.join(self.words))
+
+
+def one_line(text, warn):
+    if re.search(r'[\x00-\x08\x0b-\x1f\x7f]', text):
+        raise ValueError('has control characters')
+    return text
+
+
+def word(text, warn):
+    if re.search(r'\s', text):
+        raise ValueError('must be a name without blanks')
+    return one_line(text, warn)
+
+
+def mail_address(text, warn):
+    """'a@b' or 'Name <a@b>'."""
+    if text and not re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|'
+                             r'[^<>@\s]+@[^<>@\s]+$', text):
+        raise ValueError('must be a mail address')
+    return one_line(text, warn)
+
+
+def file_path(text, warn):
+    return one_line(text, warn)
+
+
+def pem_file(text, warn):
+    file_path(text, warn)
+    if text and not os.access(text, os.R_OK):
+        raise ValueError('there is no such file that we may read')
+    return text
+
+
+port_number = Number(0, 65535)
+DAY = 86400     # seconds
+
+
+# In these classes: field name = ini key, annotation = how it is read, default
+# = default.
 
 class Config(NamedTuple):
     """[config]"""
-    port: int = 25
-    host: str = ''
-    sleeptime: int = 30
-    debuglevel: int = 0
-    waitafterpop: int = 5
-    deleteonerror: bool = True
-    msgdir: str = 'msgs'
-    allow: str = NETWORKS
-    maxsize: int = 100000000
-    maxconnections: int = 100
-    timeout: int = 300
-    retrydays: int = 5
-    tlscert: str = ''
-    tlskey: str = ''
-    tlsport: int = 0
-    tlsweak: bool = False
-    user: str = ''
-    group: str = ''
+    port: port_number = 25
+    host: one_line = ''
+    sleeptime: Capped(1, DAY) = 30
+    debuglevel: Capped(0, 2) = 0
+    waitafterpop: Capped(0, 3600) = 5
+    deleteonerror: boolean = True
+    msgdir: file_path = 'msgs'
+    allow: one_line = NETWORKS
+    maxsize: Number(1, 10000000000) = 100000000
+    maxconnections: Number(1, 10000) = 100
+    timeout: Number(1, DAY) = 300
+    retrydays: Number(0, 365) = 5
+    tlscert: pem_file = ''
+    tlskey: pem_file = ''
+    tlsport: port_number = 0
+    tlsweak: boolean = False
+    user: one_line = ''
+    group: one_line = ''
 
 
 class Logging(NamedTuple):
     """[logging]"""
-    file: str = 'smtpproxy.log'
-    size: int = 1000000
-    count: int = 10
-    level: str = 'INFO'
+    file: file_path = 'smtpproxy.log'
+    size: Capped(0, 1000000000) = 1000000
+    count: Capped(0, 1000) = 10
+    level: Choice('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE') = 'INFO'
 
 
 class Account(NamedTuple):
     """One sender's way out: [<address>], [*@domain] or [default]."""
-    localhostname: str = ''
-    smtphost: str = ''
-    smtpport: int = 0
-    smtpsecurity: str = 'none'
-    smtpusername: str = ''
-    smtppassword: str = ''
-    smtpauth: str = 'auto'
-    smtpweaktls: bool = False
-    smtpconnections: int = 4
-    tlsverify: bool = True
-    tlscafile: str = ''
-    popbeforesmtp: bool = False
-    pophost: str = ''
-    popport: int = 995
-    popssl: bool = True
-    popusername: str = ''
-    poppassword: str = ''
-    popcheckdelay: int = 60
-    returnpath: str = ''
-    replyto: str = ''
-    forcefrom: str = ''
-    localpassword: str = ''
-    use: str = ''
+    localhostname: word = ''
+    smtphost: one_line = ''
+    smtpport: port_number = 0
+    smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
+    smtpusername: one_line = ''
+    smtppassword: one_line = ''
+    smtpauth: Choice('auto', 'plain', 'login', 'cram-md5') = 'auto'
+    smtpweaktls: boolean = False
+    smtpconnections: Number(1, 100) = 4
+    tlsverify: boolean = True
+    tlscafile: pem_file = ''
+    popbeforesmtp: boolean = False
+    pophost: one_line = ''
+    popport: port_number = 995
+    popssl: boolean = True
+    popusername: one_line = ''
+    poppassword: one_line = ''
+    popcheckdelay: Capped(0, DAY) = 60
+    returnpath: mail_address = ''
+    replyto: mail_address = ''
+    forcefrom: mail_address = ''
+    localpassword: one_line = ''
+    use: one_line = ''
 
     @property
     def server(self):
@@ -161,18 +254,6 @@ class Settings(NamedTuple):
         for name in sender, '*@%s' % domain, 'default':
             if name in self.accounts:
                 return name
-
-
-CHOICES = {'level': ('DEBUG', 'INFO', 'WARNING', 'ERROR', 'NONE'),
-           'smtpsecurity': ('none', 'tls', 'ssl'),
-           'smtpauth': ('auto', 'plain', 'login', 'cram-md5')}
-PORTS = ('port', 'tlsport', 'smtpport', 'popport')
-AT_LEAST = {'maxsize': 1, 'maxconnections': 1, 'timeout': 1,
-            'smtpconnections': 1, 'sleeptime': 1}
-ADDRESSES = ('returnpath', 'replyto', 'forcefrom')
-PATHS = ('msgdir', 'file', 'tlscert', 'tlskey', 'tlscafile')
-BOOLEANS = {'true': True, 'yes': True, 'on': True, '1': True,
-            'false': False, 'no': False, 'off': False, '0': False}
 
 
 def masked(key, value):
@@ -262,11 +343,15 @@ class IniReader:
         if self.mistakes:
             raise ConfigError(self.mistakes)
         return Settings(self.path, config, logs, accounts, handlers,
-                        self.warnings + self.careless(accounts))
+                        self.warnings + self.careless(config, accounts))
 
     def complain(self, section, key, what):
         self.mistakes.append('%s: [%s] %s%s' % (
             self.path, section, key and key + ' ', what))
+
+    def warn(self, section, key, what):
+        self.warnings.append('%s: [%s] %s %s' % (
+            self.path, section, key, what))
 
     def read_section(self, section, shape):
         """A shape (Config, Logging, Account) from one section."""
@@ -279,7 +364,8 @@ class IniReader:
                 self.complain(section, key, 'has more than one line: does '
                               'the next one begin with a blank?')
             else:
-                found[key] = self.convert(section, key, value, shape)
+                found[key] = self.convert(
+                    section, key, value, shape.__annotations__[key])
         if shape is Account:
             self.check_account(section, found)
         return shape(**{key: value for key, value in found.items()
@@ -297,46 +383,15 @@ class IniReader:
         return nearest(key, shape._fields) or (
             '; known are ' + ', '.join(shape._fields))
 
-    def convert(self, section, key, text, shape):
+    def convert(self, section, key, text, kind):
         """The value of a key; None after a complaint."""
-        kind, wrong = shape.__annotations__[key], None
-        if kind is bool:
-            if text.lower() in BOOLEANS:
-                return BOOLEANS[text.lower()]
-            wrong = 'must be true or false'
-        elif kind is int:
-            low = AT_LEAST.get(key, 0)
-            high = 65535 if key in PORTS else sys.maxsize
-            if re.match(r'\d{1,18}$', text) and low <= int(text) <= high:
-                return int(text)
-            wrong = 'must be a whole number %s' % (
-                'from %d to %d' % (low, high) if key in PORTS
-                else 'of at least %d' % low)
-        elif key in CHOICES:
-            for choice in CHOICES[key]:
-                if text.lower() == choice.lower():
-                    return choice
-            wrong = 'must be one of ' + ', '.join(CHOICES[key])
-        elif re.search(r'[\x00-\x08\x0b-\x1f\x7f]', text):
-            wrong = 'has control characters'
-        elif key in ADDRESSES and text and not is_address(text):
-            wrong = 'must be a mail address'
-        elif key == 'localhostname' and re.search(r'\s', text):
-            wrong = 'must be a name without blanks'
-        else:
-            return self.located(section, key, text)
-        self.complain(section, key, '= %s: %s' % (
-            text if not key.endswith('password') else '***', wrong))
-
-    def located(self, section, key, text):
-        """Paths are relative to the folder of the ini."""
-        if key not in PATHS or not text:
-            return text
-        path = os.path.join(self.folder, os.path.expanduser(text))
-        if key.startswith('tls') and not os.access(path, os.R_OK):
-            self.complain(section, key, '= %s: there is no such file that we '
-                          'may read' % path)
-        return path
+        if kind in (file_path, pem_file) and text:
+            text = os.path.join(self.folder, os.path.expanduser(text))
+        try:
+            return kind(text, functools.partial(self.warn, section, key))
+        except ValueError as error:
+            self.complain(section, key, '= %s: %s' % (
+                '***' if key.endswith('password') else text, error))
 
     def check_account(self, section, found):
         """What an account needs, and what follows from what."""
@@ -402,7 +457,7 @@ class IniReader:
                           'this box' % error)
         return config, logs
 
-    def careless(self, accounts):
+    def careless(self, config, accounts):
         """Warnings: what works, but may not be what the owner wants."""
         passwords = [(section, key, value)
                      for section in self.parser.sections()
@@ -414,16 +469,10 @@ class IniReader:
         if not accounts:
             found.append('%s: no account: all mail will be refused. Add a '
                          'section such as [default]' % self.path)
-        if passwords and os.stat(self.path).st_mode & 0o077:
-            found.append('%s: others on this box can read the passwords in '
-                         'it: chmod 600 %s' % (self.path, self.path))
-        return found
-
-
-def is_address(text):
-    """Is it 'a@b' or 'Name <a@b>'?"""
-    return re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|[^<>@\s]+@[^<>@\s]+$',
-                    text) is not None
+        if passwords:
+            found += warn_of_secrets(self.path, service_group(config))
+        return (found + warn_of_folder(config.msgdir)
+                + warn_of_program(self.path))
 
 
 def bare_address(text):
@@ -447,6 +496,86 @@ def identity(config):
     if user and group is None:
         group = user.pw_gid
     return user and user.pw_uid, group, user and user.pw_name
+
+
+def service_group(config):
+    """The gid that the service has. The ini need not say it: systemd may
+    start the service as a user, whom root knows by whose msgs/ is."""
+    gid = identity(config)[1]
+    if gid is None and os.getuid() == 0 and os.path.isdir(config.msgdir):
+        return os.stat(config.msgdir).st_gid
+    return os.getgid() if gid is None else gid
+
+
+def warn_of_secrets(path, group):
+    """[a warning] if others than its owner and the service's group may read
+    a file. A service whose ini is root's can read it by its group only."""
+    info = os.stat(path)
+    others = info.st_mode & 0o077
+    if not others or others == 0o040 and info.st_gid == group:
+        return []
+    mend = 'chmod 600 ' + path
+    if info.st_uid == 0 and group != 0:
+        mend = 'chgrp %d %s; chmod 640 %s' % (group, path, path)
+    return ['%s: others on this box can read the passwords in it: %s'
+            % (path, mend)]
+
+
+def warn_of_folder(path):
+    """[a warning] if others than its owner may look into a folder of ours.
+    We make them so that they can't, but an older one stays as it was."""
+    if not os.path.isdir(path) or not os.stat(path).st_mode & 0o077:
+        return []
+    return ['%s: others on this box can read or change what is in it: '
+            'chmod 700 %s' % (path, path)]
+
+
+def warn_of_program(ini):
+    """[a warning] if root runs what others may change: whoever breaks into
+    the service could have root do anything at the next start."""
+    if os.getuid() != 0:
+        return []
+    for path in [*program_files(), ini]:
+        weak = changeable(path)
+        if weak:
+            return ['%s: others than root may change it, and root runs what '
+                    'is there: who breaks into the service is root at the '
+                    'next start. chown root %s; chmod go-w %s; README.md, '
+                    '"Who may read it, who may change it", has all that is '
+                    'to be done' % (weak, weak, weak)]
+    return []
+
+
+def program_files():
+    """The folders that Python takes us from, and what it finds there. The
+    first of its path is the current one with python3 -m."""
+    handlers = os.path.join(HOME, 'handlers')
+    for folder in (sys.path[0], HOME, os.path.join(HOME, '__pycache__'),
+                   handlers, os.path.join(handlers, '__pycache__')):
+        folder = os.path.abspath(folder)
+        if os.path.isdir(folder):
+            yield folder
+            for name in os.listdir(folder):
+                if name.endswith(('.py', '.pyc')):
+                    yield os.path.join(folder, name)
+
+
+def changeable(path):
+    """What lets others than root put something else in the place of path:
+    itself, a link or a folder above it; None if nothing does."""
+    for path in os.path.abspath(path), os.path.realpath(path):
+        sticky = 0
+        while os.path.lexists(path):
+            info = os.lstat(path)
+            writers = 0o002 if info.st_gid == 0 else 0o022
+            if info.st_uid != 0 or info.st_mode & writers and not (
+                    info.st_mode & sticky or stat.S_ISLNK(info.st_mode)):
+                return path
+            if path == os.path.dirname(path):
+                break
+            # In a folder such as /tmp nobody can rename what is root's.
+            path, sticky = os.path.dirname(path), stat.S_ISVTX
+    return None
 
 
 class Networks:
@@ -473,14 +602,21 @@ class Networks:
 class LogFile(logging.Handler):
     """A file that starts anew at size bytes; count old ones are kept. What
     can't be written is said once on stderr: a full disk is the log's trouble
-    and never the mail's."""
+    and never the mail's.
+
+    Whoever touches the descriptor holds logging's lock of this handler: its
+    number is soon another file's, a mail's perhaps. A thread that looked the
+    handlers up before a reload may write after close(): its line still goes
+    to the log, which is open for that line only."""
 
     def __init__(self, path, size, count):
         super().__init__()
         self.path, self.size, self.count = path, size, count
         self.file, self.written, self.broken = None, 0, ''
+        self.closed = False
 
     def emit(self, record):
+        """Under the lock: see logging.Handler.handle."""
         line = (self.format(record) + '\n').encode('utf-8', 'replace')
         try:
             if self.file is None:
@@ -492,6 +628,8 @@ class LogFile(logging.Handler):
             self.written += len(line)
         except OSError as error:
             self.complain('written', error)
+        if self.closed:
+            self.close_file()
 
     def open(self):
         self.file = os.open(
@@ -528,30 +666,43 @@ class LogFile(logging.Handler):
             os.close(file)
 
     def close(self):
-        self.close_file()
+        self.acquire()
+        try:
+            self.closed = True
+            self.close_file()
+        finally:
+            self.release()
         super().close()
+
+
+def printable(text):
+    """text, in which a terminal finds nothing to obey and a log no other
+    line: what is not to be printed is spelled out, as in \\x1b."""
+    if text.isprintable():
+        return text
+    return ''.join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def tell(text):
+    """One line of a command on stdout. Raises OSError."""
+    print(printable(text.expandtabs()), flush=True)
 
 
 def say(text, file=None):
     """One line to whoever started us, who may not be there any more."""
-    try:
-        print('smtpproxy: ' + text, file=file or sys.stderr, flush=True)
-    except (OSError, ValueError):
-        pass
+    with contextlib.suppress(OSError, ValueError):
+        print('smtpproxy: ' + printable(text), file=file or sys.stderr,
+              flush=True)
 
 
 class OneLine(logging.Formatter):
-    """Whatever a client or server says can't fake a second line."""
+    """Whatever a client or server says can't fake a line of ours: what is
+    printed below a line, a traceback, stands back from the edge."""
 
     second = clock = None
 
     def format(self, record):
-        message = record.getMessage()
-        if not message.isprintable():
-            message = ''.join(c if c.isprintable() else ascii(c)[1:-1]
-                              for c in message)
-        if record.exc_info:
-            message += '\n' + self.formatException(record.exc_info)
+        message = self.message_of(record)
         second = int(record.created)
         if second != self.second:       # of many lines a second, format one
             self.clock = time.strftime(
@@ -559,6 +710,25 @@ class OneLine(logging.Formatter):
             self.second = second
         return '%s,%03d %s %s' % (self.clock, record.msecs, record.levelname,
                                   message)
+
+    def message_of(self, record):
+        lines = [printable(record.getMessage())]
+        if record.exc_info:
+            lines += ['    ' + printable(line) for line in
+                      self.formatException(record.exc_info).splitlines()]
+        return '\n'.join(lines)
+
+
+class ForCommand(OneLine):
+    """The log among the lines of a command: what, but not when."""
+
+    def format(self, record):
+        return '  log: ' + self.message_of(record)
+
+
+def on_terminal():
+    """Does somebody watch? There is no stderr if it was closed."""
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def open_log(settings):
@@ -568,7 +738,7 @@ def open_log(settings):
     logging.logMultiprocessing = False
     logging._srcfile = None
     root, handlers = logging.getLogger(), [LogFile(*settings.logging[:3])]
-    if sys.stderr and sys.stderr.isatty():
+    if on_terminal():
         handlers.append(logging.StreamHandler())
     for handler in handlers:
         handler.setFormatter(OneLine())
@@ -577,6 +747,13 @@ def open_log(settings):
         handler.close()
     level = settings.logging.level
     root.setLevel(logging.CRITICAL if level == 'NONE' else level)
+    folder = os.path.dirname(settings.logging.file)
+    if settings.logging.size and os.path.isdir(folder) and not os.access(
+            folder, os.W_OK):
+        log.warning('%s: user %d may not make files there, so the log can not '
+                    'begin anew and grows: set file=log/smtpproxy.log in '
+                    '[logging] and give the folder log to that user',
+                    folder, os.getuid())
 
 
 class HandlerLog:
@@ -654,6 +831,7 @@ END = b'\r\n.\r\nNOOP crc32='     # no mail can hold this: its dots are doubled
 END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
+STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
 
@@ -664,8 +842,9 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool. start, body, dot: offsets of the header, of the empty line behind
-    it, and of what follows the final dot's line."""
+    bool; flaw: str, why its envelope must not be sent, or ''. start, body,
+    dot: offsets of the header, of the empty line behind it, and of what
+    follows the final dot's line."""
 
     # What is kept while it is in trouble, and its types.
     STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
@@ -676,6 +855,7 @@ class Mail:
         self.tries, self.due, self.problem = 0, 0.0, ''
         self.handled = self.parked = False
         self.refused = {}           # {recipient: reply}, refused for good
+        self.flaw = ''
         self._msg, self.seen = None, 0
         self.read()
         self.saved = self.state()
@@ -748,14 +928,31 @@ class Mail:
             lines = envelope.decode().split('\r\n')
             if not lines[0].startswith('MAIL FROM:'):
                 raise ValueError('it does not begin with MAIL FROM')
-            frm, self.parameters = smtps.parse_path(lines[0][10:], '5.1.7')
-            self.frm = Address(frm)
-            self.to = [Address(smtps.parse_path(line[8:], '5.1.3')[0])
-                       for line in lines[1:] if line.startswith('RCPT TO:')]
+            self.frm, self.parameters = self.parse_stored(lines[0][10:])
+            self.to = [self.parse_stored(line[8:])[0] for line in lines[1:]
+                       if line.startswith('RCPT TO:')]
             if not self.to or len(self.to) + 1 != len(lines) or not data:
                 raise ValueError('its envelope is not whole')
-        except (ValueError, smtps.Refused) as error:
+        except ValueError as error:
             raise Unreadable(str(error))
+
+    def parse_stored(self, text):
+        """(Address, parameters) of a path as Draft wrote it. An earlier
+        version took some that would now be refused or be another address:
+        that one stays as it is, with a flaw. Raises ValueError."""
+        stored = STORED.match(text)
+        if not stored:
+            raise ValueError('its envelope is not whole')
+        try:
+            address, parameters = smtps.parse_path(text, '5.1.0')
+            if address == stored[1]:
+                return Address(address), parameters
+            why = 'it would be sent as <%s>' % address
+        except smtps.Refused as error:
+            why = str(error)
+        self.flaw = '<%s> in its envelope is no address: %s' % (
+            stored[1], why)
+        return Address(stored[1]), {}
 
     def verify(self):
         """Raises Unreadable if the bytes are not those that were stored."""
@@ -1446,7 +1643,7 @@ class Handlers:
             try:
                 for handler in self.load(name):
                     self.prepare(name, handler, options)
-            except (Exception, SystemExit) as error:
+            except BaseException as error:      # sys.exit() as well
                 self.problem(name, 'cannot be loaded and is skipped: %s'
                              % (missing_module(error) if isinstance(
                                  error, ModuleNotFoundError) and
@@ -1536,15 +1733,23 @@ class Handlers:
         if isinstance(mail.to, str) or not all(
                 isinstance(a, str) for a in [mail.frm] + list(mail.to)):
             raise ValueError('mail.to must be a list of str, mail.frm a str')
-        frm, to = mail.frm.strip('<>'), [a.strip('<>') for a in mail.to]
+        frm, *to = map(Handlers.envelope_address, [mail.frm] + list(mail.to))
         if not to or not all(to):
             raise ValueError('it left no recipient')
-        for address in [frm] + to:
-            try:
-                smtps.parse_path('<%s>' % address, '5.1.3')
-            except smtps.Refused as error:
-                raise ValueError('%r: %s' % (address, error))
-        return Address(frm), [Address(address) for address in to]
+        return frm, to
+
+    @staticmethod
+    def envelope_address(text):
+        """The Address that the listener makes of the same text: it is what
+        will be read from msgs/. Raises ValueError."""
+        try:
+            address, parameters = smtps.parse_path(
+                '<%s>' % text.strip('<>'), '5.1.3')
+        except smtps.Refused as error:
+            raise ValueError('%r: %s' % (text, error))
+        if parameters:
+            raise ValueError('%r: more than an address' % text)
+        return Address(address)
 
 
 # --- Courier: one account's way out -----------------------------------------
@@ -1680,6 +1885,20 @@ def plain(reply):
                     .split())[:400]
 
 
+def secrets_of(account):
+    """A pattern for the passwords in each form in which a server may repeat
+    what it was told. A short one counts as a word only, else it would veil
+    half of every line."""
+    forms = {form for secret in (account.smtppassword, account.poppassword)
+             if secret for form in (
+                 secret, plain(secret), repr(secret.encode())[2:-1],
+                 encoded64(secret), encoded64('\0%s\0%s' % (
+                     account.smtpusername, secret)))}
+    return re.compile('|'.join(
+        ('%s' if len(form) > 3 else r'(?<!\w)%s(?!\w)') % re.escape(form)
+        for form in sorted(forms, key=len, reverse=True)) or '(?!)')
+
+
 class Replies:
     """A server's lines, bounded in time and size: takes the place of the
     socket's file in smtplib and poplib."""
@@ -1765,7 +1984,7 @@ class PopDialogue:
         return super()._getline()
 
     def _putline(self, line):
-        self.show(line)
+        self.show(b'PASS ***' if line.startswith(b'PASS ') else line)
         super()._putline(line)
 
     def _getresp(self):
@@ -1834,7 +2053,7 @@ class Courier:
 
     def __init__(self, account, lane, config, pause=time.sleep):
         self.account, self.lane, self.config = account, lane, config
-        self.pause = pause
+        self.pause, self.secrets = pause, secrets_of(account)
         self.smtp, self.used = None, False
         self.mail = self.upcoming = None    # at hand, and the one after it
         self.offered = None         # the mail whose envelope is on its way
@@ -1930,15 +2149,7 @@ class Courier:
                                         '; '.join(answers)))
 
     def without_secrets(self, text):
-        """Some servers repeat what they were told."""
-        account = self.account
-        for secret in account.smtppassword, account.poppassword:
-            if len(secret) < 4:
-                continue                # it would veil half of every line
-            for form in (secret, plain(secret), encoded64(secret), encoded64(
-                    '\0%s\0%s' % (account.smtpusername, secret))):
-                text = text.replace(form, '***')
-        return text
+        return self.secrets.sub('***', text)
 
     def mechanisms(self):
         """Names, best first. Raises Trouble."""
@@ -2494,6 +2705,9 @@ class Relay:
             mail = self.load(id, to_send=bool(self.handlers.enabled))
             if mail is None or mail.parked and id not in self.asked:
                 return
+            if mail.flaw:
+                self.park_flawed(id)
+                return
             if not mail.handled and not self.handle(mail):
                 return
             sender = mail.frm
@@ -2769,6 +2983,17 @@ class Relay:
                   mail.id, what, mail.problem, self.describe(mail, mail.to),
                   mail.id, mail.id)
 
+    def park_flawed(self, id):
+        """No server is told such an envelope. Not even deleteonerror deletes
+        it: it was promised by a version that took more."""
+        self.asked.discard(id)
+        mail = self.load(id)
+        if mail:
+            mail.problem = mail.flaw
+            mail.refused = dict.fromkeys(mail.to, mail.flaw)
+            mail.to = []
+            self.park(mail)
+
     def settle_homeless(self, id):
         """No account: permanent."""
         mail = self.load(id)
@@ -2861,6 +3086,60 @@ def grouped(verdicts):
 
 class StartError(Exception):
     """Why the service can't start, for the owner."""
+
+
+def become(uid, gid, name):
+    """Gives up root's rights for those of a user, for good, with all groups
+    of root. uid, gid: None stays as it is; name: the user's, None if it has
+    none. Raises PermissionError."""
+    if gid is not None:
+        if name:
+            os.initgroups(name, gid)
+        else:
+            os.setgroups([gid])
+        os.setgid(gid)
+    if uid is not None:
+        os.setuid(uid)
+
+
+def hand_over(folder, names, owner):
+    """Gives what is in folder ('.' is the folder itself) and whose name
+    matches names to owner: [uid, gid], -1 for what stays. Raises OSError.
+
+    Root does this where a user may write, who must not have root give away
+    another file: so links are not followed but root's own, and what is given
+    is what is open, not what may bear its name a moment later."""
+    if not changeable(os.path.dirname(folder)):
+        folder = os.path.realpath(folder)
+    there = open_itself(folder)
+    if there is not None:
+        try:
+            for name in ['.'] + os.listdir(there):
+                if re.fullmatch(names, name):
+                    give(there, name, owner)
+        finally:
+            os.close(there)
+
+
+def give(folder, name, owner):
+    """Gives a file or a folder; not one that has a second name elsewhere."""
+    file = open_itself(name, folder)
+    if file is not None:
+        try:
+            info = os.fstat(file)
+            if stat.S_ISDIR(info.st_mode) or (
+                    stat.S_ISREG(info.st_mode) and info.st_nlink == 1):
+                os.fchown(file, *owner)
+        finally:
+            os.close(file)
+
+
+def open_itself(name, folder=None):
+    """A descriptor; None for a link and what can't be opened. folder: the
+    descriptor of the one that name is in. Never waits for a pipe."""
+    with contextlib.suppress(OSError):
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK,
+                       dir_fd=folder)
 
 
 GRACE = 8.0                 # seconds for what is under way at a stop
@@ -2965,31 +3244,29 @@ class Proxy:
 
     def hand_over_files(self):
         """What root made belongs to the user that we become."""
-        uid, gid, _ = identity(self.settings.config)
+        uid, gid, name = identity(self.settings.config)
         if os.getuid() != 0 or uid is None and gid is None:
             return
+        owner = [-1 if number is None else number for number in (uid, gid)]
         folder, file = self.settings.config.msgdir, self.settings.logging.file
+        with contextlib.suppress(OSError):      # the log says what it can't
+            os.close(os.open(
+                file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         try:
             os.makedirs(folder, 0o700, exist_ok=True)
-            if not os.path.exists(file):
-                os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
-            for path in [folder, file] + glob_below(folder, file):
-                if os.path.isfile(path) and os.lstat(path).st_nlink > 1:
-                    continue            # a second name of somebody's file
-                os.chown(path, -1 if uid is None else uid,
-                         -1 if gid is None else gid, follow_symlinks=False)
+            hand_over(folder, '.*', owner)
+            hand_over(os.path.dirname(file), re.escape(
+                os.path.basename(file)) + r'(\.\d+)?', owner)
         except OSError as error:
-            raise StartError('%s cannot be given to user %s: %s' % (
-                error.filename, self.settings.config.user, error.strerror))
+            raise StartError('%s cannot be given to %s: %s' % (
+                error.filename or folder, name or self.settings.config.group,
+                error.strerror))
 
     def drop_rights(self):
         uid, gid, name = identity(self.settings.config)
         try:
-            if gid is not None and os.getuid() == 0:
-                os.initgroups(name or 'nobody', gid)
-                os.setgid(gid)
-            if uid is not None and os.getuid() != uid:
-                os.setuid(uid)
+            become(uid if uid != os.getuid() else None,
+                   gid if os.getuid() == 0 else None, name)
         except PermissionError:
             raise StartError('user= and group= in [config] need a start as '
                              'root')
@@ -3022,6 +3299,9 @@ class Proxy:
             if getattr(new.config, key) != getattr(self.started, key):
                 log.warning('[config] %s has changed: that needs a restart',
                             key)
+        if self.started.tlsport and not new.config.tlscert:
+            log.warning('[config] tlscert is gone: clients at tlsport %d get '
+                        'a 421 until a restart', self.started.tlsport)
         tls_context.cache_clear()
         open_log(new)
         self.settings, self.handlers = new, Handlers(new)
@@ -3041,13 +3321,6 @@ class Proxy:
             self.relay.stop(end - time.monotonic())
         self.spool.close()
         log.info('stopped')
-
-
-def glob_below(folder, file):
-    """The paths in folder, and older parts of the log."""
-    import glob
-    return [os.path.join(folder, name) for name in os.listdir(folder)] + (
-        glob.glob(glob.escape(file) + '.*'))
 
 
 def listener_tls(config):
@@ -3074,14 +3347,14 @@ def listener_tls(config):
 
 def check(settings, options):
     """--check: would it start?"""
-    print('%s: [config] port=%d, msgs in %s, log in %s' % (
+    tell('%s: [config] port=%d, msgs in %s, log in %s' % (
         settings.file, settings.config.port, settings.config.msgdir,
         settings.logging.file))
     for name, account in settings.accounts.items():
-        print('[%s]' % name)
+        tell('[%s]' % name)
         for key, value in account._asdict().items():
             if value != Account._field_defaults[key]:
-                print('    %s = %s' % (key, masked(key, value)))
+                tell('    %s = %s' % (key, masked(key, value)))
     problems = []
     proxy = Proxy(settings)
     for step in (functools.partial(proxy.limits, settings),
@@ -3093,12 +3366,12 @@ def check(settings, options):
     proxy.server.stop(0)
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
-        print('handler %s is enabled' % name)
+        tell('handler %s is enabled' % name)
     for line in settings.warnings + handlers.problems:
-        print('warning: ' + line)
+        tell('warning: ' + line)
     for line in problems:
         say(line)
-    print('this would start' if not problems else 'this would not start')
+    tell('this would start' if not problems else 'this would not start')
     return 1 if problems else 0
 
 
@@ -3115,29 +3388,60 @@ def mails(spool):
 
 def show_queue(settings, options):
     """--queue: what waits in msgs/."""
-    rows = [{'id': mail.id, 'size': mail.dot - 3 - mail.start,
-             'age': max(0, int(time.time() - os.path.getmtime(mail.path))),
-             'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
-             'tries': mail.tries, 'parked': mail.parked,
-             'next': mail.due and not mail.parked and time.strftime(
-                 '%Y-%m-%d %H:%M:%S', time.localtime(mail.due)) or None,
-             'error': mail.problem} for mail in mails(command_spool(settings))]
+    rows = queue_rows(command_spool(settings))
     if options.json:
         import json
-        print(json.dumps(rows, indent=1))
+        print(json.dumps(rows, indent=1))   # ASCII, all else is escaped
         return 0
     line = '%-14s %9s %10s %5s  %-19s  %s'
-    print(line % ('id', 'age', 'size', 'tries', 'next try',
-                  'sender -> recipients: last error'))
+    tell(line % ('id', 'age', 'size', 'tries', 'next try',
+                 'sender -> recipients: last error'))
     for row in rows:
-        print(line % (row['id'], age_of(row['age']), row['size'],
-                      row['tries'], 'parked' if row['parked']
-                      else row['next'] or 'soon',
-                      '<%s> -> %s%s' % (row['sender'], listed(
-                          row['recipients']), row['error'] and (
-                              ': ' + row['error']))))
-    print('%d mails' % len(rows))
+        tell(line % (row['id'], age_of(row['age']), row['size'],
+                     row['tries'], 'parked' if row['parked']
+                     else row['next'] or 'soon',
+                     '<%s> -> %s%s' % (row['sender'], listed(
+                         row['recipients']), row['error'] and (
+                             ': ' + row['error']))))
+    tell('%d mails' % len(rows))
     return 0
+
+
+def queue_rows(spool):
+    """[{what a script gets of a mail that waits}]"""
+    rows, newest = [], (0, '')
+    for mail in mails(spool):       # one at a time: there may be thousands
+        rows.append(queue_row(mail))
+        newest = max(newest, (max(arrival(mail.id), mail.seen), mail.path))
+    now = spool_time(*newest)
+    for row in rows:
+        row['age'] = max(0, int(now - arrival(row['id'])))
+    return rows
+
+
+def queue_row(mail):
+    next_try = mail.due and not mail.parked and time.strftime(
+        '%Y-%m-%d %H:%M:%S', time.localtime(mail.due))
+    return {'id': mail.id, 'size': mail.dot - 3 - mail.start, 'age': None,
+            'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
+            'tries': mail.tries, 'parked': mail.parked,
+            'next': next_try or None, 'error': mail.problem}
+
+
+def arrival(id):
+    """When a mail came, in the spool's own time."""
+    return int(id[:8], 16)
+
+
+def spool_time(newest, path):
+    """The spool's own time now, as far as its files tell: the newest moment
+    that one of them names, and what has passed since that was written. Never
+    more than since this box was started, whatever its clock says."""
+    try:
+        passed = time.time() - os.path.getmtime(path)
+    except FileNotFoundError:
+        passed = 0                  # the service has just sent it
+    return newest + min(max(0, passed), time.monotonic())
 
 
 def age_of(seconds):
@@ -3152,8 +3456,7 @@ def command_spool(settings):
     folder = settings.config.msgdir
     if os.path.isdir(folder) and os.getuid() == 0:
         owner = os.stat(folder)
-        os.setgid(owner.st_gid)
-        os.setuid(owner.st_uid)
+        become(owner.st_uid, owner.st_gid, None)
     return Spool(folder)
 
 
@@ -3176,23 +3479,22 @@ def ask(settings, options):
             mail.parked = False
             spool.save(mail)
     spool.close()
-    print('deleted' if what == 'delete' else
-          'the service does not run; it tries it when it starts')
+    tell('deleted' if what == 'delete' else
+         'the service does not run; it tries it when it starts')
     return 0
 
 
 def ask_service(spool, id, what, sleeptime):
     """Waits until the service has done it."""
-    print('the service is asked, it looks every %d seconds' % sleeptime,
-          flush=True)
+    tell('the service is asked, it looks every %d seconds' % sleeptime)
     path = spool.ask(id, what)
     end = time.monotonic() + sleeptime + 5
     while os.path.exists(path):
         if time.monotonic() > end:
-            print('the service is asked; it is busy with that mail')
+            tell('the service is asked; it is busy with that mail')
             return 0
         time.sleep(0.05)
-    print('deleted' if what == 'delete' else 'the service tries it now')
+    tell('deleted' if what == 'delete' else 'the service tries it now')
     return 0
 
 
@@ -3201,13 +3503,21 @@ def show(settings, options):
     for mail in mails(command_spool(settings)):
         if mail.id == options.show:
             account = settings.account_for(mail.frm) or Account()
-            header = unstuffed(dress(mail, account))
-            sys.stdout.buffer.write(header + mail.msg[split_header(
-                mail.msg):])
-            sys.stdout.flush()
+            show_message(unstuffed(dress(mail, account))
+                         + mail.msg[split_header(mail.msg):])
             return 0
     say('there is no mail %s; see --queue' % options.show)
     return 1
+
+
+def show_message(message):
+    """Every byte of it, but on a terminal nothing that it would obey."""
+    if sys.stdout.isatty():
+        for line in message.decode('utf-8', 'replace').splitlines():
+            tell(line)
+    else:
+        sys.stdout.buffer.write(message)
+        sys.stdout.flush()
 
 
 def handler_test(settings, options):
@@ -3215,8 +3525,7 @@ def handler_test(settings, options):
     import difflib
     with open(options.handler_test, 'rb') as file:
         message = smtps.DataReader.LINE_END.sub(b'\r\n', file.read())
-    logging.basicConfig(level=logging.INFO, stream=sys.stdout,
-                        format='%(levelname)s %(message)s')
+    log_to_stdout()
     handlers = Handlers(settings)
     mail = TestMail(message)
     before = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
@@ -3224,14 +3533,23 @@ def handler_test(settings, options):
     keep = handlers.run(mail)
     after = ('from <%s> to %s\n' % (mail.frm, listed(mail.to))
              + mail.msg.decode('utf-8', 'replace')).splitlines()
-    print('enabled: ' + (', '.join(name for name, _, _ in handlers.enabled)
-                         or 'none'))
+    tell('enabled: ' + (', '.join(name for name, _, _ in handlers.enabled)
+                        or 'none'))
     for line in difflib.unified_diff(before, after, 'before', 'after', '', '',
                                      1, ''):
-        print(line)
-    print('the mail would %s; nothing was sent' % (
+        tell(line)
+    tell('the mail would %s; nothing was sent' % (
         'go on' if keep else 'be discarded'))
     return 0
+
+
+def log_to_stdout():
+    """The log among the lines of a command."""
+    console = logging.StreamHandler(sys.stdout)
+    console.setFormatter(ForCommand())
+    root = logging.getLogger()
+    root.handlers[:] = [console]
+    root.setLevel(logging.INFO)
 
 
 class TestMail(Mail):
@@ -3245,7 +3563,8 @@ class TestMail(Mail):
         self.body, self.dot = split_header(self.data), len(self.data) + 3
         self._msg = message
         addresses = [[Address(a) for _, a in getaddresses(
-            headers.get_all(name, [])) if a] for name in ('from', 'to')]
+            [str(field) for field in headers.get_all(name, [])]) if a]
+            for name in ('from', 'to')]
         self.frm, self.to = (addresses[0] or [Address('')])[0], (
             addresses[1] or [Address('nobody@localhost')])
 
@@ -3266,12 +3585,10 @@ def demo(options):
                 folder, provider.listeners[0].getsockname()[1], pop.port))
         proxy = Proxy(load(path))
         proxy.start()
-        console = logging.StreamHandler(sys.stdout)
-        console.setFormatter(logging.Formatter('  log: %(message)s'))
-        logging.getLogger().handlers[:] = [console]
+        log_to_stdout()
         port = proxy.server.listeners[0].getsockname()[1]
-        print('A mail from an old printer is handed to port %d, as plain SMTP'
-              % port, flush=True)
+        tell('A mail from an old printer is handed to port %d, as plain SMTP'
+             % port)
         mail = EmailMessage()
         mail['From'], mail['To'] = 'printer@home.lan', 'you@example.org'
         mail['Subject'] = 'It works'
@@ -3288,9 +3605,11 @@ def demo(options):
     if arrived is None:
         say('the mail did not arrive; the log above should say why')
         return 1
-    print('\nThe provider took it after the POP login; what arrived:\n')
+    tell('')
+    tell('The provider took it after the POP login; what arrived:')
+    tell('')
     for line in unstuffed(arrived).decode().splitlines():
-        print('  | ' + line)
+        tell('  | ' + line)
     return 0
 
 
@@ -3336,7 +3655,7 @@ class DemoPop(threading.Thread):
         with client, client.makefile('rwb', 0) as file:
             file.write(b'+OK demo POP3 server\r\n')
             for line in file:
-                print('  pop: ' + plain(line), flush=True)
+                tell('  pop: ' + plain(line))
                 self.signed_in |= line == b'PASS secret\r\n'
                 file.write(b'+OK\r\n')
 
@@ -3398,41 +3717,75 @@ COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
             'show': show, 'handler_test': handler_test}
 
 
-def start_over():
-    """Runs the same command again as a module. Python keeps what it compiled
-    of modules only: to compile this script takes 6 MB that an idle box would
-    never get back (measured: 17 of them, 10 as a module)."""
-    plain = getattr(sys, 'orig_argv', [''])[1:] == sys.argv
-    if plain and sys.executable and not sys.flags.dont_write_bytecode and (
-            hasattr(sys.flags, 'safe_path')):   # -P, or the cwd's modules run
-        import importlib
-        importlib.import_module('smtpproxy')    # leaves its compiled form
-        path = os.pathsep.join(filter(None, [
-            HOME, os.environ.get('PYTHONPATH')]))
-        os.execve(sys.executable, [sys.executable, '-P', '-m', 'smtpproxy']
-                  + sys.argv[1:], dict(os.environ, PYTHONPATH=path))
+class Signals:
+    """What the owner asks of the service: SIGTERM and SIGINT to stop, SIGHUP
+    to reload. None is missed, whenever it comes: the interpreter writes its
+    number into a pipe at once. A Python function would have to wait until
+    the main thread runs again, which sleeps."""
+
+    OURS = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
+
+    def __init__(self):
+        self._reader, writer = os.pipe()    # closed in what is started
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in self.OURS:
+            signal.signal(number, lambda number, frame: None)
+        # A handler may fork. Who ends the child must not end the service.
+        os.register_at_fork(before=self._block, after_in_parent=self._unblock,
+                            after_in_child=self._leave)
+
+    def wait(self):
+        """The numbers (bytes) of those that came since the last time."""
+        return os.read(self._reader, 65536)
+
+    def ignore(self):
+        """From now on. While the interpreter goes down it would not, and
+        exit code 0 would be lost."""
+        # Python complains of a signal that comes just between the two states.
+        sys.unraisablehook = lambda unraisable: None
+        for number in self.OURS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _block(self):
+        signal.pthread_sigmask(signal.SIG_BLOCK, self.OURS)
+
+    def _unblock(self):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, self.OURS)
+
+    def _leave(self):
+        """In a child: it is a program of its own."""
+        signal.set_wakeup_fd(-1)
+        for number in self.OURS:
+            signal.signal(number, signal.SIG_DFL)
+        self._unblock()
 
 
 def serve(settings):
-    """Until SIGTERM or SIGINT. Raises StartError."""
-    if __name__ == '__main__' and __spec__ is None:
-        start_over()
-    signals = queue.SimpleQueue()       # no work happens in a signal handler
-    for number in signal.SIGTERM, signal.SIGINT, signal.SIGHUP:
-        signal.signal(number, lambda number, _: signals.put(number))
+    """Until SIGTERM or SIGINT, also if that comes before all is up. Raises
+    StartError."""
+    signals = Signals()
     proxy = Proxy(settings)
     proxy.start()
     for warning in settings.warnings:
-        if not sys.stderr.isatty():     # there the log has shown it
+        if not on_terminal():           # there the log has shown it
             say(warning)
     say('%s listens on %s' % (VERSION, proxy.ports()), sys.stdout)
-    while signals.get() == signal.SIGHUP:
+    serve_until_stopped(proxy, signals)
+    proxy.stop()
+    signals.ignore()
+    return 0
+
+
+def serve_until_stopped(proxy, signals):
+    while True:
+        came = signals.wait()
+        if signal.SIGTERM in came or signal.SIGINT in came:
+            return
         try:
             proxy.reload()
         except Exception:
             log.exception('not reloaded: an error of ours')
-    proxy.stop()
-    return 0
 
 
 def main(arguments):

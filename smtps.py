@@ -124,7 +124,8 @@ class Gone(Exception):
 class Session:
     """The program's side of one conversation. These defaults accept all and
     keep nothing. To return accepts, to raise Refused refuses; any other
-    exception is logged and answered 451: a bug never becomes a 250.
+    exception, SystemExit included, is logged and answered 451: a bug never
+    becomes a 250 and never ends the server.
 
     auth, flush, seal and commit may block; all else must not, since all
     clients wait for it. A session's hooks run one by one, those of different
@@ -275,29 +276,47 @@ PARAMETERS = frozenset(
     'MT-PRIORITY MTRK REQUIRETLS RRVS SOLICIT SUBMITTER TRANSID CONPERM '
     'CONNEG ALT-ADDRESS'.split())
 
+QUOTED = r'"(?:[^"\\]|\\.)*"'
 PATH = re.compile(r'''
-    (?: [^<>]* < (?: @[^:<>]*: )?                     # Name <@relay:
-         (?P<bracketed> (?: "(?:[^"\\]|\\.)*" | [^<>"] )* ) >
-       | (?P<bare> \S+ ) )
-    (?P<parameters> (?: \s .* )? ) $''', re.VERBOSE | re.DOTALL)
+    (?: [^<>]* < (?P<bracketed> (?: %s | [^<>"] )* ) >          # Name <
+       | (?P<bare> (?: %s | [^\s<>"] )+ ) )
+    (?P<parameters> (?: \s .* )? ) \Z''' % (QUOTED, QUOTED),
+                  re.VERBOSE | re.DOTALL)
+ROUTE = re.compile(r'\A@[^:\[\]<>"]*:\s*(?=\S)')        # @relay,@other:
+# A local part is quoted as a whole or not at all.
+CONTROLS = r'\x00-\x1f\x7f-\x9f\u2028\u2029'
 ADDRESS = re.compile(r'''
-    (?: " (?: [^"\\\x00-\x1f\x7f] | \\[^\x00-\x1f\x7f] )* " (?=@|$) )?
-    [^\x00-\x20\x7f<>]* \Z''', re.VERBOSE)
+    (?: " (?: [^"\\%s] | \\[^%s] )* " (?=@|\Z) | (?![@"]) )
+    [^\s%s<>"]* \Z''' % (CONTROLS, CONTROLS, CONTROLS), re.VERBOSE)
+# Quotes around what needs none: "boss"@x is boss@x (RFC 5321 4.1.2).
+NEEDLESS = re.compile(r'''
+    " ( (?: [^"\\\s@<>()\[\]:;,] | \\[^"\\\s@<>()\[\]:;,] )+ ) " (?=@)''',
+                      re.VERBOSE)
 SURROGATE = re.compile('[\ud800-\udfff]')           # was not UTF-8
 SIZE, BODY = re.compile(r'[0-9]{0,20}$'), re.compile(r'[A-Za-z0-9]*$')
 
 
 def parse_path(text, status):
     """('a@b', {'SIZE': '1'}) of '<a@b> SIZE=1', in any of the dialects that
-    devices speak. status: the X.Y.Z of a refusal. Raises Refused."""
+    devices speak. status: the X.Y.Z of a refusal. Raises Refused.
+
+    The address is made here, once: all that is asked, stored, logged and sent
+    is this string, and parse_path('<%s>' % address) gives it again."""
     match = PATH.match(text.strip())
     if not match:
         raise Refused(501, status + ' give the address as <user@domain>')
     address = match['bare'] or match['bracketed'].strip()
+    # RFC 5321 appendix C: a route is ignored. Who looked up an account for
+    # '@relay:boss@x' and sent as 'boss@x' would ask for nobody's password.
+    address = ROUTE.sub('', address)
+    needless = NEEDLESS.match(address)
+    if needless:
+        address = needless[1].replace('\\', '') + address[needless.end():]
     if SURROGATE.search(address):
         raise Refused(553, '5.6.7 the address is neither ASCII nor UTF-8')
     if not ADDRESS.match(address):
-        raise Refused(501, status + ' no such characters in an address')
+        raise Refused(501, status + ' an address is user@domain, with quotes '
+                      'around all of user or nowhere')
     words = match['parameters'].split()
     return address, parse_parameters(words) if words else {}
 
@@ -315,6 +334,8 @@ def parse_parameters(words):
         raise Refused(501, '5.5.4 SIZE takes a number')
     if not BODY.match(parameters.get('BODY', '')):
         raise Refused(501, '5.5.4 BODY takes a word')
+    if parameters.get('SMTPUTF8'):
+        raise Refused(501, '5.5.4 SMTPUTF8 takes no value')
     return parameters
 
 
@@ -339,6 +360,7 @@ class Connection:
         self.watched, self.away = 0, None
         self.input, self.replies = b'', []
         self.errors, self.leaving = 0, False
+        self.hushed = False             # what comes may be a password
         self.sender = self.parameters = None
         self.recipients = []
 
@@ -350,6 +372,9 @@ class Connection:
         try:
             want = self.talk.throw(thrown) if thrown else next(self.talk)
         except StopIteration:
+            want = DONE
+        except BaseException:       # not even SystemExit may end a thread
+            log.exception('%s: conversation ended by an error', self.client)
             want = DONE
         self.deadline = time.monotonic() + self.patience
         return want
@@ -382,8 +407,6 @@ class Connection:
                 self.sock.send(b''.join(self.replies))
         except Gone as gone:
             log.log(gone.level, '%s: %s', self.client, gone)
-        except Exception:
-            log.exception('%s: conversation ended by an error', self.client)
         finally:
             self.call(self.session.closed)
 
@@ -398,9 +421,9 @@ class Connection:
                 yield from waiting
         except Refused as no:
             self.refuse(no, verb)
-        except (Goodbye, Gone):
+        except (Goodbye, Gone, GeneratorExit):
             raise
-        except Exception:
+        except BaseException:           # a hook's sys.exit() is one, too
             log.exception('%s: answered 451', self.client)
             self.refuse(Refused(451, '4.3.0 an error here; try again later'))
 
@@ -416,14 +439,24 @@ class Connection:
     def parse_command(self, line):
         verb, argument = (line.split(None, 1) + ['', ''])[:2]
         verb = verb.upper()
+        if verb.startswith('AUTH'):
+            self.hushed = True
         if log.isEnabledFor(logging.DEBUG):
-            log.debug('%s: %s', self.client, 'AUTH ...' if verb == 'AUTH'
-                      else printable(verb) + ' ' + ascii(argument)[1:-1])
+            log.debug('%s: %s', self.client, self.shown(verb, argument))
         if verb in VERBS:
             return verb, argument.strip()
         if verb in WEB:
             raise Gone('speaks HTTP, this is for mail', logging.WARNING)
-        raise Refused(500, '5.5.2 unknown command ' + printable(verb))
+        raise Refused(500, '5.5.2 unknown command' + (
+            '' if self.hushed else ' ' + printable(verb)))
+
+    def shown(self, verb, argument):
+        """A command as the log may show it. A client that is refused at AUTH
+        may go on with its name and password: until it has signed in or begun
+        a mail, only verbs are shown."""
+        if self.hushed:
+            return (verb if verb in VERBS else 'a line') + ' ...'
+        return printable(verb) + ' ' + ascii(argument)[1:-1]
 
     # Bytes in and out.
 
@@ -488,7 +521,7 @@ class Connection:
         """What a hook returns whose failure must not change the reply."""
         try:
             return hook()
-        except Exception:
+        except BaseException:
             log.exception('%s: in %s', self.client, hook)
 
     def pause(self, seconds):
@@ -551,6 +584,7 @@ class Connection:
             raise self.too_large()
         self.session.mail(sender, parameters)
         self.sender, self.parameters = sender, parameters
+        self.hushed = False
         self.reply(250, '2.1.0 sender ok')
 
     def do_RCPT(self, argument):
@@ -613,9 +647,9 @@ class Connection:
             receiver.seal()
             yield last_step
             receiver.commit()
-        except (Goodbye, Gone):
+        except (Goodbye, Gone, GeneratorExit):
             raise
-        except Exception:
+        except BaseException:
             while reader.rest is None:
                 reader.take()
                 reader.feed((yield from self.receive()))
@@ -688,7 +722,7 @@ class Connection:
         except Refused:
             yield from self.pause(AUTH_PAUSE)       # no guessing by the score
             raise
-        self.client.user = user
+        self.client.user, self.hushed = user, False
         self.reply(235, '2.7.0 signed in')
 
     def auth_plain(self, initial):
@@ -757,7 +791,8 @@ class Server:
 
     def listen(self, host, port, tls=False):
         """Binds; host '' is every interface, IPv4 and IPv6; tls: clients
-        begin with a handshake (RFC 8314). Raises OSError."""
+        begin with a handshake (RFC 8314), or get a 421 while limits.tls is
+        None. Raises OSError."""
         both = (socket.AF_INET, '0.0.0.0'), (socket.AF_INET6, '::')
         one = socket.AF_INET6 if ':' in host else socket.AF_INET
         for family, address in [(one, host)] if host else both:
@@ -902,7 +937,7 @@ class Server:
     def _try(step, *arguments):
         try:
             step(*arguments)
-        except Exception:               # without a desk nobody is served
+        except BaseException:           # without a desk nobody is served
             log.exception('a client is lost by an error')
 
     def _step(self, connection, thrown=None):
@@ -978,7 +1013,10 @@ class Server:
             self._turn_away(listener, error)
             return
         address = peer[0].partition('%')[0]     # fe80::1%eth0
+        context = self.limits.tls if tls else None
         refusal = self._refusal(address)
+        if tls and not context:         # never clear text where TLS is meant
+            refusal = '421 4.7.0 this port has no certificate any more'
         if refusal:
             log.warning('%s: refused: %s', address, refusal)
             with contextlib.suppress(OSError, ValueError):
@@ -988,8 +1026,8 @@ class Server:
         sock.setblocking(False)
         try:
             connection = Connection(self, sock, (address, peer[1]),
-                                    self.limits.tls if tls else None)
-        except Exception:
+                                    context)
+        except BaseException:
             log.exception('%s: no session for this client', address)
             sock.close()
             return

@@ -149,6 +149,10 @@ VERBS = ('HELO x', 'EHLO printer', 'MAIL FROM:<a@home.lan>', 'DATA', 'RSET',
          'MAIL FROM:<b\u00fc\U0001f600@x> SMTPUTF8', '.', '', ' ', '\t')
 ADDRESSES = ('a@home.lan', 'a@home.lan', '', 'root', '"a b"@x', '"a>b"@x',
              'b\u00fc@x', 'a..b.@x', '@r.x:a@x', 'a@[127.0.0.1]', 'x' * 200)
+PARTS = ('a', 'B', 'b@x', '@', '@x', '.', '"', '""', '"a b"', '\\', ' ', '\t',
+         ':', '@r.x:', '@r,@s:', ',', ';', '<', '>', '/', '+49', '=', '\0',
+         '[', ']', '[IPv6:::1]', '\u00fc', '\u00a0', '\x85', '\u2028',
+         '\udcff')
 LINES = ('Subject: x', 'Received: from y', 'From: <a@home.lan>', 'Bcc: c@x',
          '', '.', '..', '.x', ' folded', 'From a mailbox', 'x' * 1200, '\0',
          'QUIT', 'no colon', 'Date: x', 'Message-ID: <1@x>', '--b', '\u00e9')
@@ -163,15 +167,33 @@ def word(dice, text):
     return dice.choice((text, text, text.lower(), text.swapcase()))
 
 
+def address(dice):
+    """Something like an address, as it stands between < and >."""
+    if dice.random() < .3:
+        return dice.choice(ADDRESSES)
+    parts = [dice.choice(PARTS) for _ in range(dice.randrange(1, 6))]
+    parts[dice.randrange(len(parts))] = dice.choice(ADDRESSES)
+    return ''.join(parts)
+
+
+def path(dice):
+    """What stands behind FROM: or TO:."""
+    if dice.random() < .9:
+        return '<%s>' % dice.choice(ADDRESSES[:2] + ADDRESSES)
+    return dice.choice(('<%s>', '%s', 'Name <%s>', '<@r.x:%s>', '@r.x:%s',
+                        ' < %s >', '<%s> SIZE=1 BODY=8BITMIME')
+                       ) % address(dice)
+
+
 def envelope(dice):
     """A mail that is likely to be taken, as a list of bytes."""
     lines = [word(dice, 'EHLO ') + 'printer'] if dice.random() < .7 else []
-    lines.append(word(dice, 'MAIL FROM:') + '<%s>' % dice.choice(ADDRESSES))
+    lines.append(word(dice, 'MAIL FROM:') + path(dice))
     for _ in range(dice.choice((1, 1, 1, 2, 5, 30))):
-        lines.append(word(dice, 'RCPT TO:') + '<%s>' % dice.choice(
-            [a for a in ADDRESSES if a]))
+        lines.append(word(dice, 'RCPT TO:') + path(dice))
     lines.append(word(dice, 'DATA'))
-    return [line.encode() + b'\r\n' for line in lines]
+    return [line.encode('utf-8', 'surrogateescape') + b'\r\n'
+            for line in lines]
 
 
 def content(dice):
@@ -418,6 +440,12 @@ class Fuzz:
             self.problems.append('the log has bytes that could fool a '
                                  'terminal')
 
+    def judge_spool(self):
+        """What was accepted can be read."""
+        with contextlib.suppress(FileNotFoundError):
+            self.problems += ['in corrupt/: ' + name for name in os.listdir(
+                self.program.path('msgs/corrupt'))]
+
     def judge_growth(self, before, after):
         for what in before:
             if after[what] - before[what] > GROWTH[what]:
@@ -462,6 +490,7 @@ def run(sessions, seed):
         if code != 0:
             fuzz.problems.append('exit code %s' % code)
         fuzz.judge_log()
+        fuzz.judge_spool()
         program.clean(keep=fuzz.problems)
     for problem in sorted(set(fuzz.problems))[:40]:
         print(problem)

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import sys
+import time
 import unittest
 from unittest import mock
 
@@ -31,9 +32,12 @@ class Rewrite(MailHandler):
 
 class CommandCase(ProxyCase):
 
+    on_terminal = False         # is stdout one?
+
     def command(self, *arguments):
         """Runs a command; returns (exit code, stdout, stderr)."""
         out = io.TextIOWrapper(io.BytesIO(), 'utf-8', newline='\n')
+        out.isatty = lambda: self.on_terminal
         err = io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             code = smtpproxy.main(
@@ -128,6 +132,73 @@ class Queue(CommandCase):
         ids = [self.submit() for _ in range(3)]
 
         self.assertEqual(ids, [row['id'] for row in self.queue()])
+
+
+    def test_the_age_is_the_mails_whatever_was_written_to_its_file(self):
+        id = self.waiting(config={'sleeptime': 600})
+        self.stop()
+        older = '%08x%s' % (int(id[:8], 16) - 1000, id[8:])
+        os.rename(self.path('msgs', id + '.mail'),
+                  self.path('msgs', older + '.mail'))
+
+        row, = self.queue()
+
+        self.assertEqual(older, row['id'])
+        self.assertTrue(1000 <= row['age'] < 1060, row)
+
+    def test_a_clock_that_has_jumped_makes_no_mail_older_than_the_box(self):
+        id = self.waiting(config={'sleeptime': 600})
+        os.utime(self.path('msgs', id + '.mail'), (0, 0))
+
+        row, = self.queue()
+
+        self.assertLessEqual(row['age'], time.monotonic() + 60)
+
+    def test_a_mail_that_is_sent_meanwhile_ends_no_command(self):
+        self.waiting(config={'sleeptime': 600})
+        load = smtpproxy.Spool.load
+
+        def load_and_send(spool, id):
+            mail = load(spool, id)
+            os.unlink(mail.path)
+            return mail
+        with mock.patch.object(smtpproxy.Spool, 'load', load_and_send):
+            self.assertIn('1 mails', self.succeed('--queue'))
+        self.assertIn('0 mails', self.succeed('--queue'))
+
+
+class Terminal(CommandCase):
+    """Nobody but the owner gives it orders."""
+
+    EVIL = 'a\x9b2J\x85\u202e@home.lan'     # as any client may say it
+
+    def store(self):
+        """A mail of an evil sender; its id."""
+        self.ini(accounts={self.EVIL: self.account()})
+        spool = smtpproxy.Spool(self.path('msgs'))
+        os.mkdir(spool.folder)
+        draft = spool.draft(self.EVIL, [self.EVIL], {})
+        draft.write(b'From: me\r\n\r\nhello %s\r\n' % self.EVIL.encode())
+        draft.seal()
+        draft.commit()
+        return draft.id
+
+    def test_nothing_that_a_command_prints_is_obeyed_by_a_terminal(self):
+        self.on_terminal, id = True, self.store()
+        mail = self.write('x.eml', ('To: %s\n\nx\n' % self.EVIL).encode())
+        for arguments in (['--queue'], ['--queue', '--json'], ['--check'],
+                          ['--show', id], ['--show', self.EVIL],
+                          ['--retry', self.EVIL], ['--handler-test', mail]):
+            with self.subTest(arguments):
+                _, out, err = self.command(*arguments)
+                self.assertTrue((out + err).replace('\n', '').isprintable(),
+                                ascii(out + err))
+
+    def test_a_script_gets_every_byte_all_the_same(self):
+        id = self.store()
+
+        self.assertIn(self.EVIL, self.succeed('--show', id))
+        self.assertEqual(self.EVIL, self.queue()[0]['sender'])
 
 
 class Retry(CommandCase):

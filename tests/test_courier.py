@@ -1,6 +1,7 @@
 """Courier: one account's way out, against servers that follow a script. What
 becomes of a mail that it could not deliver is in test_relay.py."""
 import base64
+import re
 import ssl
 import unittest
 from unittest import mock
@@ -427,6 +428,27 @@ class Secrets(CourierCase):
 
                 for word in 'USER me', 'PASS ***', '+OK welcome':
                     self.assertIn(word, lines)
+
+    def test_a_password_is_masked_however_short_or_strange(self):
+        def echo(conversation):
+            return '-ERR what is %s?' % conversation.line
+        for secret in 'x', 'abc', '%%', 'pässwort', 'back\\slash', 'a b':
+            users = {'me': secret}
+            for script in {}, {'PASS': echo}:
+                with self.subTest(secret, script=script):
+                    smtp = self.smtp(users=users, mechanisms=['PLAIN'])
+                    pop = self.serve(FakePOP(script, users=users))
+
+                    lines = self.logged(
+                        2, self.deliver, smtp, smtpusername='me',
+                        smtppassword=secret, popbeforesmtp=True,
+                        pophost=pop.host, popport=pop.port, popssl=False,
+                        popusername='me', poppassword=secret)
+
+                    self.assertIn('PASS ***', lines)
+                    for form in secret, repr(secret.encode())[2:-1]:
+                        self.assertNotRegex(
+                            lines, r'(?<!\w)%s(?!\w)' % re.escape(form))
 
     def test_a_server_that_repeats_the_secret_does_not_give_it_away(self):
         """As in '500 command unrecognized: AUTH PLAIN ...'."""

@@ -113,6 +113,7 @@ class Loading(HandlerCase):
         'imports': ('import no_such_module', 'no_such_module'),
         'raises': ('1 / 0', 'ZeroDivisionError'),
         'exits': ('raise SystemExit(3)', 'SystemExit'),
+        'throws': ('raise type("Odd", (BaseException,), {})', 'Odd'),
         'empty': ('', 'no class'),
         'lacks': (GOOD.replace('isEnabled', 'enabled'), 'isEnabled'),
         'needs': (GOOD.replace(
@@ -297,6 +298,17 @@ class Changes(HandlerCase):
                 mail = self.assertDelivered([A])
                 self.assertEqual((OTHER, 'other'), (mail.sender, mail.hello))
 
+    def test_an_address_is_made_once_for_all_that_follows(self):
+        """Its account is asked for the same string that is sent."""
+        for body in ('mail.frm = "@relay:%s"', 'mail.frm = " %s "',
+                     'mail.frm = "<@relay:%s>"'):
+            with self.subTest(body):
+                self.through(body % OTHER + '\nreturn True', accounts={
+                    SENDER: self.account(),
+                    OTHER: self.account(localhostname='other')})
+                mail = self.assertDelivered([A])
+                self.assertEqual((OTHER, 'other'), (mail.sender, mail.hello))
+
     def test_only_the_asked_header_changes(self):
         content = (b'Subject: =?utf-8?q?x?=\r\nTo: a@example.org,\r\n'
                    b' b@example.org\r\nX:\todd\r\nto: c\r\n\r\n'
@@ -322,6 +334,7 @@ class Changes(HandlerCase):
         r'callback.setTo("\"x\r\nBcc: victim@z\" <x@y>")',
         r'mail.to = ["x@y>\r\nRCPT TO:<victim@z"]',
         'mail.to = ["x@y> <victim@z"]', 'mail.to = []', 'mail.to = [""]',
+        'mail.to = ["x@y> ORCPT=rfc822;victim@z"]', "mail.to = ['\"x']",
         'mail.to = None', 'mail.frm = None', 'mail.msg = None',
         'callback.setTo("")', 'callback.setTo(None)']
 

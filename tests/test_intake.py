@@ -155,6 +155,36 @@ class Logins(ProxyCase):
                          [set(pair) for pair in compared])
 
 
+class OneAddress(ProxyCase):
+    """Who is looked up is who is stored, logged and sent."""
+
+    def setUp(self):
+        super().setUp()
+        self.start(accounts={
+            'default': self.account(),
+            OTHER: self.account(localpassword='sesame')})
+
+    def test_no_spelling_goes_round_a_localpassword(self):
+        for path in ('<%s>', '%s', 'Boss <%s>', '@relay:%s', '<@relay:%s>',
+                     '@a.lan,@b.lan:%s', '<@relay: %s >', 'X <@relay:%s>'):
+            for sender in OTHER, OTHER.upper():
+                with self.subTest(path, sender=sender):
+                    self.assertEqual(530, self.greeted().command(
+                        'MAIL FROM:' + path % sender)[0])
+        self.assertEqual(501, self.greeted().command(
+            'MAIL FROM:@relay:@relay:' + OTHER)[0])
+
+    def test_an_address_arrives_in_the_letters_that_the_device_used(self):
+        for sender in 'PrinTer@Home.Lan', 'ROOT', '"A b"@X', '':
+            with self.subTest(sender):
+                id = self.submit(sender=sender, to=['Ab.C@Example.ORG'])
+
+                mail = self.assertDelivered(['Ab.C@Example.ORG'])
+                self.assertEqual(sender, mail.sender)
+                self.assertLogged(id, 'from <%s> to <Ab.C@Exa' % sender)
+                self.upstream.mails.clear()
+
+
 class Header(ProxyCase):
 
     def setUp(self):

@@ -4,6 +4,7 @@ import contextlib
 import io
 import logging
 import os
+import threading
 import unittest
 from unittest import mock
 
@@ -170,6 +171,57 @@ class OneLine(LogCase):
 
         self.assertLogged('ERROR', 'something went wrong')
         self.assertLogged('ValueError: a fault')
+
+    def test_the_text_of_an_exception_cannot_look_like_a_line_of_ours(self):
+        faked = '2026-01-01 00:00:00,000 ERROR faked'
+        self.open_log()
+        for end in '\n', '\r', '\r\n', '\x0b', '\x85', '\u2028':
+            with self.subTest(repr(end)):
+                try:
+                    raise ValueError('a%s%s\x1b[2J\x9b' % (end, faked))
+                except ValueError:
+                    smtpproxy.log.exception('went wrong')
+
+        begins = [line[:4] for line in self.log().splitlines()
+                  if 'went wrong' not in line]
+        self.assertEqual({'    '}, set(begins), self.log())
+        self.assertNotLogged('\x1b')
+        self.assertNotLogged('\x9b')
+
+
+class Reload(LogCase):
+    """The descriptor of a log that is closed may be a mail's at once."""
+
+    def test_a_line_that_comes_too_late_goes_to_the_log_all_the_same(self):
+        self.open_log()
+        smtpproxy.log.info('early')
+        old, = logging.getLogger().handlers
+        self.open_log()
+
+        with open(self.path('mail'), 'wb', buffering=0) as mail:
+            old.handle(logging.makeLogRecord({'msg': 'late'}))
+
+            self.assertEqual(0, os.fstat(mail.fileno()).st_size)
+        self.assertLogged('late')
+        self.assertIsNone(old.file)
+
+    def test_a_line_that_is_being_written_keeps_its_log_open(self):
+        self.open_log()
+        smtpproxy.log.info('early')
+        closer = threading.Thread(
+            target=logging.getLogger().handlers[0].close, name='closer')
+        write = os.write
+
+        def write_slowly(file, data):
+            closer.start()
+            closer.join(0.1)
+            return write(file, data)
+        with mock.patch('os.write', write_slowly):
+            smtpproxy.log.info('slow')
+
+        closer.join()
+        self.assertLogged('slow')
+        self.assertEqual('', self.stderr.getvalue())
 
 
 class Unwritable(LogCase):

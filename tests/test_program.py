@@ -20,6 +20,41 @@ UNPRIVILEGED = '/proc/sys/net/ipv4/ip_unprivileged_port_start'
 POWERLESS = ('import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 10, 0, 0, 0)'
              '; os.execv(sys.executable, [sys.executable] + sys.argv[1:])')
 
+CLOSED_STDERR = ('import os, sys; os.close(2); os.execv(sys.executable, '
+                 '[sys.executable] + sys.argv[1:])')
+
+# A program and a fork are told to end; a third tells what it has inherited.
+STARTS = '''\
+import os, signal, subprocess, time
+from MailHandler import MailHandler
+
+def said_by(*command):
+    return subprocess.check_output(command, stdin=subprocess.DEVNULL,
+                                   universal_newlines=True).split()
+
+class Starts(MailHandler):
+    def isEnabled(self):
+        return True
+    def setLogger(self, logger):
+        self.logger = logger
+    def handleMessage(self, message, mail, callback):
+        child = subprocess.Popen(['sleep', '60'])
+        child.terminate()
+        self.logger.log('a child ended by %d', child.wait())
+        fork = os.fork()
+        if not fork:
+            time.sleep(60)
+            os._exit(1)
+        os.kill(fork, signal.SIGTERM)
+        self.logger.log('a fork ended by %d', os.waitpid(fork, 0)[1])
+        _, blocked, _, ignored = said_by(
+            'grep', '-E', 'SigBlk|SigIgn', '/proc/self/status')
+        self.logger.log('blocked %x, ignored %x', int(blocked, 16),
+                        int(ignored, 16) & 0x4003)  # SIGHUP, INT, TERM
+        self.logger.log('files %s', ' '.join(said_by('ls', '/proc/self/fd')))
+        return True
+'''
+
 OF_1_X = '''\
 import mlogging
 from MailHandler import MailHandler
@@ -33,6 +68,22 @@ class Old(MailHandler):
         self.logger.log('handled by 1.x')
         if mail.frm == '<printer@home.lan>':
             callback.setTo('new@example.org')
+        return True
+'''
+
+
+CURIOUS = '''\
+import subprocess
+from MailHandler import MailHandler
+
+class Curious(MailHandler):
+    def isEnabled(self):
+        return True
+    def setLogger(self, logger):
+        self.logger = logger
+    def handleMessage(self, message, mail, callback):
+        self.logger.log('path: %s', subprocess.check_output(
+            'echo "${PYTHONPATH-none}"', shell=True).decode())
         return True
 '''
 
@@ -59,6 +110,11 @@ class ProgramCase(ProxyCase):
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         return process
+
+    def install(self):
+        """Puts the program where 1.x was: in the folder with its ini."""
+        for name in FILES:
+            shutil.copy(os.path.join(TOP, name), self.folder)
 
     def output(self):
         with open(self.path('said'), encoding='utf-8') as file:
@@ -195,6 +251,46 @@ class Service(ProgramCase):
         self.assertEqual(0, self.end(process))
         self.assertLogged('stopped')
 
+    def test_a_sigterm_while_it_still_starts_ends_it_all_the_same(self):
+        self.install()
+        self.write('handlers/impatient.py', 'import os, signal\n'
+                   'os.kill(os.getpid(), signal.SIGTERM)\n')
+        self.ini()
+
+        process = self.begin(program='smtpproxy.py')
+
+        self.assertEqual(0, self.end(process))
+        self.assertLogged('listens on port')
+        self.assertLogged('stopped')
+
+    def test_sigterm_again_and_again_is_still_a_clean_end(self):
+        self.ini()
+        process = self.run_service()
+        self.submit()
+
+        end = time.monotonic() + 10
+        while process.poll() is None and time.monotonic() < end:
+            process.terminate()
+
+        self.assertEqual(0, self.end(process))
+
+    @unittest.skipUnless(os.path.exists('/proc/self/fd'), 'needs Linux')
+    def test_what_a_handler_starts_has_signals_of_its_own(self):
+        self.install()
+        self.write('handlers/starts.py', STARTS)
+        self.ini()
+        process = self.run_service(program='smtpproxy.py')
+
+        self.submit()
+
+        self.assertLogged('a child ended by -15')
+        self.assertLogged('a fork ended by 15')
+        self.assertLogged('blocked 0, ignored 0')
+        self.assertLogged('files 0 1 2 3')      # 3 is the folder that ls reads
+        self.submit()
+        self.assertDelivered([A], 2)
+        self.terminate(process)
+
     def test_a_bad_ini_at_sighup_does_not_end_it(self):
         self.ini()
         process = self.run_service()
@@ -205,6 +301,12 @@ class Service(ProgramCase):
         self.assertLogged('not reloaded', 'prot')
         self.submit()
         self.assertDelivered([A])
+        self.terminate(process)
+
+    def test_a_service_without_a_stderr_starts_with_warnings_too(self):
+        self.ini(accounts={SENDER: self.account(smtpusername='me')})
+        process = self.run_service(before=('-c', CLOSED_STDERR))
+
         self.terminate(process)
 
     def test_kill_9_loses_nothing(self):
@@ -265,12 +367,51 @@ class Service(ProgramCase):
         self.terminate(process)
 
 
-class Upgrade(ProgramCase):
+class Installation(ProgramCase):
 
-    def install(self):
-        """Puts the program where 1.x was: in the folder with its ini."""
-        for name in FILES:
-            shutil.copy(os.path.join(TOP, name), self.folder)
+    MODULE = {'before': ('-m',), 'program': 'smtpproxy'}
+
+    def test_what_a_handler_starts_gets_no_path_of_ours(self):
+        self.install()
+        self.write('handlers/curious.py', CURIOUS)
+        for form in {'program': 'smtpproxy.py'}, self.MODULE:
+            with self.subTest(form):
+                self.ini()
+                process = self.run_service(**form)
+                id = self.submit()
+                self.assertLogged(id, 'path: none')
+                self.terminate(process)
+
+    def test_as_a_module_it_takes_its_own_files(self):
+        self.install()
+        self.environment = {key: value for key, value in
+                            self.environment.items()
+                            if key != 'PYTHONPYCACHEPREFIX'}
+        self.ini()
+
+        process = self.run_service(**self.MODULE)
+
+        self.submit()
+        self.assertDelivered([A])
+        self.assertIn('smtpproxy.cpython', ' '.join(
+            os.listdir(self.path('__pycache__'))))
+        self.terminate(process)
+
+    @unittest.skipUnless(os.getuid() == 0, 'needs root')
+    def test_a_folder_that_others_may_change_is_a_warning_no_refusal(self):
+        self.install()
+        self.ini()
+        os.chown(self.folder, 65534, -1)
+        for form in {'program': 'smtpproxy.py'}, self.MODULE:
+            with self.subTest(form):
+                process = self.run_service(**form)
+                warning = self.folder + ': others than root'
+                wait_until(lambda: warning in self.output())
+                self.assertLogged('WARNING', warning)
+                self.terminate(process)
+
+
+class Upgrade(ProgramCase):
 
     def test_an_installation_of_1_6_works_with_new_files(self):
         self.install()

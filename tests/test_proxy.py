@@ -1,8 +1,12 @@
 """The whole of it: start, reload and stop, as its owner sees them."""
 import contextlib
+import io
 import os
+import pwd
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import unittest
 from unittest import mock
@@ -165,6 +169,19 @@ class Certificate(ProxyCase):
         self.assertEqual(before, self.certificate())
         self.assertLogged('ERROR', 'not reloaded', 'tls.pem')
 
+    def test_a_tls_port_whose_certificate_is_gone_refuses(self):
+        self.serve_tls()
+        address = self.proxy.server.listeners[1].getsockname()
+        self.ini()
+
+        self.proxy.reload()
+
+        with Client(address) as client:
+            self.assertEqual(421, client.reply()[0])
+        self.assertLogged('WARNING', 'tlscert is gone', '421', address[1])
+        self.submit()
+        self.assertDelivered([A])
+
     def test_starttls_and_the_tls_port_take_mail(self):
         self.serve_tls()
         trust = ssl.create_default_context(cafile=CERTIFICATE)
@@ -178,6 +195,81 @@ class Certificate(ProxyCase):
             other.reply()
             self.submit(client=other)
         self.upstream.wait(2)
+
+
+class Flawed(ProxyCase):
+    """A mail of an earlier version whose envelope is refused today."""
+
+    def leave(self, sender, to):
+        """Such a mail in msgs/; returns its id."""
+        self.stop()
+        spool = smtpproxy.Spool(self.path('msgs'))
+        spool.open()
+        draft = spool.draft(sender, [to], {})
+        draft.write(b'Subject: old\r\n\r\nhello\r\n')
+        draft.seal()
+        draft.commit()
+        spool.close()
+        return draft.id
+
+    def restart(self, **config):
+        self.stop()
+        self.write('smtpproxy.log', '')
+        self.start(config)
+
+    def assertParked(self, id, bad):
+        line = self.assertLogged('ERROR', id, 'refused for good', '<%s>' % bad)
+        self.assertIn('subject old', line)
+        self.assertIn(bad, self.command('--queue'))
+        self.assertIn('parked', self.command('--queue'))
+
+    def command(self, *arguments):
+        """stdout of a command of the owner."""
+        out = io.TextIOWrapper(io.BytesIO(), 'utf-8')
+        with contextlib.redirect_stdout(out):
+            self.assertEqual(0, smtpproxy.main(
+                ['--config', self.path('smtpproxy.ini'), *arguments]))
+        out.flush()
+        return out.buffer.getvalue().decode()
+
+    def test_it_is_parked_and_said_and_never_sent(self):
+        for bad, sender, to in (('@r:' + SENDER, '@r:' + SENDER, A),
+                                ('a"b@x', 'a"b@x', A),
+                                ('a@x"', SENDER, 'a@x"')):
+            with self.subTest(bad):
+                id = self.leave(sender, to)
+                self.restart(deleteonerror='true')
+                self.assertParked(id, bad)
+        self.assertFalse(os.path.exists(self.path('msgs', 'corrupt')))
+        self.assertSpooled(3)
+        self.submit()
+        self.upstream.wait(1)
+        self.assertEqual([SENDER], [m.sender for m in self.upstream.mails])
+
+    def test_the_owner_may_look_at_it_ask_again_and_delete_it(self):
+        id = self.leave('@r:' + SENDER, A)
+        self.restart()
+        self.assertParked(id, '@r:' + SENDER)
+        self.assertIn('hello', self.command('--show', id))
+        self.write('smtpproxy.log', '')
+
+        self.command('--retry', id)
+        self.assertParked(id, '@r:' + SENDER)
+        self.command('--delete', id)
+
+        self.assertSpooled(0)
+        self.assertEqual([], self.upstream.mails)
+
+    def test_a_restart_is_silent_about_it(self):
+        id = self.leave(SENDER, 'a@x"')
+        self.restart()
+        self.assertParked(id, 'a@x"')
+
+        self.restart()
+
+        self.submit()
+        self.upstream.wait(1)
+        self.assertNotLogged(id)
 
 
 class SecondStart(ProxyCase):
@@ -309,6 +401,106 @@ class Stop(ProxyCase):
         wait_until(lambda: not [
             thread for thread in threading.enumerate()
             if thread.name.startswith(('smtp-', 'relay', 'listen'))])
+
+
+@unittest.skipUnless(os.getuid() == 0, 'needs root')
+class Root(ProxyCase):
+    """What root hands over to user= lies where that user may write."""
+
+    def setUp(self):
+        super().setUp()
+        self.user = pwd.getpwnam('nobody')
+        os.mkdir(self.path('msgs'), 0o700)
+        os.mkdir(self.path('roots'), 0o700)
+        self.write('roots/mail', 'secret')
+
+    def hand_over(self, file='smtpproxy.log'):
+        proxy = smtpproxy.Proxy(smtpproxy.load(self.ini(
+            {'user': 'nobody'}, {'logging': {'file': file}})))
+        proxy.hand_over_files()
+
+    def assertOwner(self, uid, *names):
+        for name in names:
+            with self.subTest(name):
+                self.assertEqual(uid, os.stat(self.path(name)).st_uid)
+
+    def test_what_root_made_belongs_to_the_user(self):
+        for name in 'msgs/1.mail', 'smtpproxy.log.1', 'smtpproxy.log.bak':
+            self.write(name, '')
+        os.mkdir(self.path('msgs/asked'))
+
+        self.hand_over()
+
+        self.assertOwner(self.user.pw_uid, 'msgs', 'msgs/1.mail', 'msgs/asked',
+                         'smtpproxy.log', 'smtpproxy.log.1')
+        self.assertOwner(0, 'smtpproxy.log.bak', '.', 'roots', 'roots/mail')
+
+    def test_no_file_is_given_away_through_a_link(self):
+        os.chown(self.folder, self.user.pw_uid, -1)
+        os.symlink(self.path('roots/mail'), self.path('msgs/link'))
+        os.link(self.path('roots/mail'), self.path('msgs/second'))
+        os.symlink(self.path('roots/mail'), self.path('smtpproxy.log.1'))
+        os.mkfifo(self.path('msgs/pipe'))
+
+        self.hand_over()
+
+        self.assertOwner(0, 'roots', 'roots/mail')
+
+    def test_no_folder_is_given_away_through_a_link(self):
+        os.chown(self.folder, self.user.pw_uid, -1)
+        os.rmdir(self.path('msgs'))
+        for link in 'msgs', 'log':
+            os.symlink(self.path('roots'), self.path(link))
+        self.write('roots/smtpproxy.log', '')
+
+        self.hand_over('log/smtpproxy.log')
+
+        self.assertOwner(0, 'roots', 'roots/mail', 'roots/smtpproxy.log')
+
+    def test_no_file_is_made_through_a_link(self):
+        os.symlink(self.path('roots/new'), self.path('smtpproxy.log'))
+
+        self.hand_over()
+
+        self.assertFalse(os.path.exists(self.path('roots/new')))
+
+    def test_a_msgs_on_another_disk_works_if_the_link_is_roots(self):
+        os.rmdir(self.path('msgs'))
+        os.symlink(self.path('roots'), self.path('msgs'))
+
+        self.hand_over()
+
+        self.assertOwner(self.user.pw_uid, 'roots', 'roots/mail')
+
+    def test_a_log_that_can_not_begin_anew_is_named(self):
+        with mock.patch.object(os, 'access', return_value=False):
+            self.start()
+
+        self.assertLogged('WARNING', self.folder + ': ',
+                          'file=log/smtpproxy.log')
+
+    def test_a_log_without_its_folder_stops_nothing(self):
+        self.hand_over('nowhere/smtpproxy.log')
+
+        self.assertOwner(self.user.pw_uid, 'msgs')
+
+    def test_a_command_gives_up_all_groups_of_root(self):
+        os.chown(self.path('msgs'), self.user.pw_uid, self.user.pw_gid)
+
+        told = subprocess.check_output(
+            [sys.executable, '-c', GROUPS, self.ini()], text=True,
+            cwd=os.path.dirname(smtpproxy.__file__))
+
+        self.assertEqual('%d %d [%d]\n' % (
+            self.user.pw_uid, self.user.pw_gid, self.user.pw_gid), told)
+
+
+GROUPS = '''\
+import os, sys, smtpproxy
+os.setgroups([0, 1, 2])
+smtpproxy.command_spool(smtpproxy.load(sys.argv[1]))
+print(os.getuid(), os.getgid(), os.getgroups())
+'''
 
 
 def free_port():

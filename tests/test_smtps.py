@@ -18,12 +18,14 @@ import re
 import resource
 import socket
 import struct
+import sys
 import threading
 import time
 import unittest
 from unittest import mock
 
 import smtps
+from tests import fuzz
 from tests.fakes import Client, Wire, client_tls, server_tls, wait_until
 
 HELLO = 'C: EHLO printer\nS: 250\n'
@@ -441,6 +443,32 @@ class Dialects(ListenerCase):
         for record in self.records.list:
             self.assertNotRegex(record.getMessage(), 'c2VjcmV0|secret|dXNl')
 
+    def test_no_secret_is_shown_after_a_refused_login(self):
+        """The client goes on with its name and password all the same."""
+        secret = 'aGlkZGVuIHNlY3JldA==', 'Hidden secret', 'help hidden secret'
+        for login in ('AUTH CRAM-MD5', 'AUTH LOGIN admin', 'AUTH=LOGIN',
+                      'AUTH', 'AUTH PLAIN dXNlcg==',
+                      'AUTH PLAIN AHUAd3Jvbmc='):
+            with self.subTest(login), mock.patch.object(
+                    smtps, 'AUTH_PAUSE', 0):
+                client = self.client()
+                client.command('EHLO x')
+                for line in (login,) + secret * 2:
+                    client.command(line)
+
+                said = client.dialogue + [
+                    record.getMessage() for record in self.records.list]
+                said = [line for line in said if not line.startswith('C:')]
+                self.assertNotRegex('\n'.join(said), '(?i)aGlk|hidden|secret')
+
+    def test_a_login_or_a_mail_ends_the_silence_about_commands(self):
+        for login, code in (('AUTH PLAIN AHUAcA==', 235), ('AUTH X', 504)):
+            client = self.client()
+            self.assertEqual(code, client.command(login)[0])
+            client.command('MAIL FROM:<a@x>')
+            client.command('XCLIENT ' + login)
+            self.assertLogged('DEBUG', 'XCLIENT ' + login)
+
     def test_offers_are_written_as_old_clients_expect(self):
         """phpBB looks for the word AUTH; no CRAM-MD5, no STARTTLS without a
         certificate (smtp-oauth-relay#70); phpBB reads 255 bytes a line."""
@@ -559,6 +587,63 @@ class Sequences(ListenerCase):
             self.assertLess(time.thread_time() - begin, 0.02, text[:10])
 
 
+class Addresses(unittest.TestCase):
+    """One string is made of what the client said, and it stays the same."""
+    WRITTEN = ('<%s>', '%s', ' < %s >', 'Name <%s>', '"A B" <%s>',
+               '<%s> SIZE=1', '<@relay.x:%s>', '@relay.x:%s',
+               'Name <@relay.x,@r: %s >')
+
+    def accepted(self, text):
+        """The address, or None."""
+        with contextlib.suppress(smtps.Refused):
+            return smtps.parse_path(text, '5.1.7')[0]
+
+    def test_a_good_one_stays_as_it_is_however_it_is_written(self):
+        for good in ('a@x', 'PrinTer@Home.LAN', 'root', 'ilo.@hp', 'a..b@x',
+                     '"a b"@x', r'"q\"x\\"@x', '"@"@x', '"@r:a"@x',
+                     '"a:b"@x', 'u@[192.168.1.5]', 'a@[IPv6:fe80::1]',
+                     'x%y!z@a', "o'b@x", 'IMCEAFAX-+49+2089+20123@x',
+                     '[FAX:+49123]', 'FAX=+49/x@y', '+49,123;ext=4@fax',
+                     'gr\xfc\xdfe@b\xfccher.x', r'a\b@x'):
+            for written in self.WRITTEN:
+                with self.subTest(good, written=written):
+                    self.assertEqual(good, self.accepted(written % good))
+
+    def test_quotes_that_nobody_needs_make_no_other_address(self):
+        """RFC 5321 4.1.2: else "boss"@x goes round the account of boss@x."""
+        for quoted, plain in (
+                ('"boss"@x', 'boss@x'), (r'"b\o\ss"@x', 'boss@x'),
+                ('@relay:"a.b"@x', 'a.b@x'), ('"a b"@x', '"a b"@x'),
+                ('"a@b"@x', '"a@b"@x'), (r'"a\"b"@x', r'"a\"b"@x')):
+            with self.subTest(quoted):
+                self.assertEqual(plain, self.accepted('<%s>' % quoted))
+
+    def test_what_is_accepted_is_read_again_as_the_same(self):
+        dice, accepted = random.Random(14), 0
+        for _ in range(30000):
+            text = dice.choice(self.WRITTEN) % fuzz.address(dice)
+            address = self.accepted(text)
+            if address is not None:
+                accepted += 1
+                self.assertEqual(
+                    (address, {}), smtps.parse_path('<%s>' % address, '5'),
+                    repr(text))
+        self.assertGreater(accepted, 5000)
+
+    def test_what_others_could_read_otherwise_is_refused(self):
+        for bad in ('a"b@x', '"abc', 'a@x"', '"', 'a"b"c@x', '"a"b@x', '@x',
+                    'a@"x"', r'"a\"@x', '@r:@s:a@x', '@r:', '@[r]:a@x', '@',
+                    'a\x85b@x', '"a\x9bm"@x', 'a\u2028b@x', 'a\xa0b@x'):
+            for written in '<%s>', '%s', '<@r:%s>', '@r:%s', 'Name <%s>':
+                with self.subTest(bad, written=written):
+                    self.assertIsNone(self.accepted(written % bad))
+
+    def test_what_is_kept_of_the_parameters_can_be_kept(self):
+        for words in 'SMTPUTF8=x', 'SMTPUTF8=\udcff', 'BODY=<b>', 'BODY=\0':
+            with self.subTest(words):
+                self.assertIsNone(self.accepted('<a@x> ' + words))
+
+
 # --- Limits -----------------------------------------------------------------
 
 class Limits(ListenerCase):
@@ -649,7 +734,7 @@ class Silence(ListenerCase):
         with contextlib.suppress(OSError):
             for _ in range(200):
                 client.socket.sendall(b'HELP\r\n' * 20000)
-        wait_until(lambda: self.closed)
+        wait_until(lambda: self.closed, 20)
         self.assertServes()
 
 
@@ -859,6 +944,16 @@ class TLS(ListenerCase):
         Waiting.asked.clear()
         Waiting.go_on.clear()
 
+    def test_a_tls_port_without_certificate_is_never_a_plain_one(self):
+        self.server.limits = self.server.limits._replace(tls=None)
+
+        with contextlib.closing(Client(self.tls_address)) as client:
+            client.expect('421 4.7.0')
+            self.assertEqual(b'', client.read_until_closed())
+
+        self.assertLogged('WARNING', 'no certificate')
+        self.assertServes()
+
     def test_goodbye_is_said_in_tls(self):
         """A client must see the end of TLS, not a cut."""
         client = self.secured()
@@ -964,6 +1059,10 @@ class Clerk(ListenerCase):
 
 
 # --- Hooks that fail --------------------------------------------------------
+
+class Thrown(BaseException):
+    """What `except Exception` does not catch."""
+
 
 class Faulty(Keeper):
     """fault: {hook: exception}."""
@@ -1079,11 +1178,33 @@ class Hooks(ListenerCase):
         self.assertEqual([], self.mails)
         self.assertServes()
 
+    def test_not_even_an_exit_ends_more_than_the_command(self):
+        """With another client there, other threads than the desk do it."""
+        for hook, _ in self.STEPS * 2:
+            for error in SystemExit, KeyboardInterrupt, Thrown:
+                with self.subTest(hook, error=error):
+                    fault = {hook: error('on purpose')}
+                    self.assertEqual(451, self.replies(fault)[hook])
+            self.client()
+        self.assertLogged('ERROR', '451')
+        self.assertEqual([], self.mails)
+        self.assertServes()
+
+    def test_what_ends_a_conversation_ends_no_other(self):
+        """GeneratorExit is how Python itself ends a conversation."""
+        for hook, _ in self.STEPS:
+            with self.subTest(hook), contextlib.suppress(ConnectionError):
+                self.replies({hook: GeneratorExit('on purpose')})
+            Faulty.fault = {}
+        self.assertLogged('ERROR', 'ended by an error')
+        self.assertServes()
+
     def test_hooks_that_can_refuse_nothing_change_nothing(self):
-        Faulty.fault = {hook: ValueError('on purpose')
-                        for hook in ('reset', 'closed')}
-        self.converse(HELLO + MAIL + MAIL + QUIT)
-        self.assertLogged('ERROR', 'closed')
+        for error in ValueError, SystemExit, GeneratorExit:
+            Faulty.fault = {hook: error('on purpose')
+                            for hook in ('reset', 'closed')}
+            self.converse(HELLO + MAIL + MAIL + QUIT)
+            self.assertLogged('ERROR', 'closed')
 
     def test_an_abort_that_fails_does_not_change_the_reply(self):
         Faulty.fault = {'commit': smtps.Refused(452, '4.3.1 full'),
@@ -1103,11 +1224,13 @@ class Hooks(ListenerCase):
 
     def test_a_session_that_cannot_be_made_ends_only_itself(self):
         """make_session is the program's too."""
-        make, self.server.make_session = self.server.make_session, None
-        with contextlib.suppress(ConnectionError):
-            with contextlib.closing(Client(self.address)) as client:
-                self.errors = 'NoneType'
-                self.assertNotIn(b'220', client.read_until_closed())
+        make = self.server.make_session
+        for broken in None, lambda _: sys.exit('on purpose'):
+            self.server.make_session = broken
+            with contextlib.suppress(ConnectionError):
+                with contextlib.closing(Client(self.address)) as client:
+                    self.errors = 'NoneType|on purpose'
+                    self.assertNotIn(b'220', client.read_until_closed())
 
         self.server.make_session = make
         self.assertServes()

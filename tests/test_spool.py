@@ -1,6 +1,8 @@
 """Spool, Draft and Mail: what is on disk, and what a start makes of it."""
+import contextlib
 import os
 import pickle
+import random
 import subprocess
 import sys
 import time
@@ -8,7 +10,9 @@ import zlib
 from unittest import mock
 
 import smtpproxy
+import smtps
 from smtpproxy import Spool, Unfinished, Unreadable
+from tests import fuzz
 from tests.case import A, B, SENDER, FolderCase
 from tests.crash import TOP
 from tests.fakes import Clock
@@ -105,6 +109,30 @@ class Files(SpoolCase):
 
                 self.assertEqual(address, str(mail.frm))
                 self.assertEqual([address or A, A], list(map(str, mail.to)))
+
+    def test_what_the_listener_takes_is_what_is_stored(self):
+        dice = random.Random(14)
+        for _ in range(1500):
+            with contextlib.suppress(smtps.Refused):
+                said = '<%s>' % fuzz.address(dice)
+                address, _ = smtps.parse_path(said, '5.1.7')
+                mail = self.spool.load(self.store(
+                    sender=address, to=[address or A]))
+                self.assertEqual(
+                    (address, [address or A], ''),
+                    (str(mail.frm), list(map(str, mail.to)), mail.flaw), said)
+                self.spool.remove(mail)
+
+    def test_what_would_not_be_taken_today_is_kept_and_said(self):
+        """Mail of an earlier version; issue 14."""
+        for bad in '@relay:boss@x', 'a"b@x', '"abc', 'a@x"', 'a@x> RET=<b':
+            for frm, to in (bad, A), (SENDER, bad):
+                with self.subTest(bad, sender=frm):
+                    mail = self.spool.load(self.store(sender=frm, to=[to]))
+
+                    self.assertIn('<%s>' % bad, mail.flaw)
+                    self.assertEqual((frm, [to]), (
+                        str(mail.frm), list(map(str, mail.to))))
 
     def test_a_thousand_recipients(self):
         everybody = ['user%d@example.org' % n for n in range(1000)]
