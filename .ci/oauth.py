@@ -749,7 +749,7 @@ class Kills(ProgramCase):
                 client.start()
             try:
                 for _ in range(kills):
-                    time.sleep(chance.uniform(0, 0.8))
+                    time.sleep(chance.uniform(0, 0.5))
                     self.died.append(proxy.kill())
                     proxy.start()
                     self.mend(proxy)
