@@ -734,7 +734,7 @@ class Silence(ListenerCase):
         with contextlib.suppress(OSError):
             for _ in range(200):
                 client.socket.sendall(b'HELP\r\n' * 20000)
-        wait_until(lambda: self.closed)
+        wait_until(lambda: self.closed, 20)
         self.assertServes()
 
 
