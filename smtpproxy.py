@@ -1844,10 +1844,15 @@ class PopDialogue:
     """Mixed into poplib's classes: replies are bounded, and the dialogue goes
     to our log, without secrets."""
 
-    def __init__(self, host, port, redact, debuglevel, **tls):
+    def __init__(self, host, port, tls, redact, debuglevel, watch):
         # The constructor of poplib connects, and that uses these.
+        self.tls, self.watch = tls, watch
         self.redact, self.debuglevel = redact, debuglevel
-        super().__init__(host, port, timeout=smtps.CONNECT_TIME, **tls)
+        super().__init__(host, port, timeout=smtps.CONNECT_TIME)
+
+    def _create_socket(self, timeout):
+        return smtps.connect(self.host, self.port, timeout, self.tls,
+                             self.watch)
 
     def _getline(self):
         if not isinstance(self.file, smtps.BoundedReader):
@@ -1876,11 +1881,10 @@ class PopDialogue:
 
 
 @functools.lru_cache(None)
-def pop_class(secure):
+def pop_class():
     """Made when first needed: most accounts never need poplib."""
     import poplib
-    return type('Pop', (PopDialogue, poplib.POP3_SSL if secure
-                        else poplib.POP3), {})
+    return type('Pop', (PopDialogue, poplib.POP3), {})
 
 
 def secrets_of(account):
@@ -1932,14 +1936,15 @@ class SignIn:
             self._pop_time is None
             or self._clock() - self._pop_time >= self.account.popcheckdelay)
 
-    def by_pop(self, config):
+    def by_pop(self, config, watch=smtps.unwatched):
         """One login for all connections of the account, if it is due. Waits
-        config.waitafterpop seconds. Raises AccountUnavailable."""
+        config.waitafterpop seconds. watch: see Courier. Raises
+        AccountUnavailable."""
         with self._pop_lock:
             if not self.pop_is_due():
                 return
             try:
-                self._pop_login(config.debuglevel)
+                self._pop_login(config.debuglevel, watch)
             except Exception as error:
                 raise AccountUnavailable(self.redact(
                     'POP login: %s' % explain(error, '%s:%d' % (
@@ -1949,13 +1954,15 @@ class SignIn:
                      self.account.pophost, self.account.popusername,
                      config.waitafterpop)
             self._pop_time = self._clock()
+            watch('POP login', self.account.popusername)
             self._pause(config.waitafterpop)
+            watch('waitafterpop', config.waitafterpop)
 
-    def _pop_login(self, debuglevel):
+    def _pop_login(self, debuglevel, watch):
         account = self.account
-        tls = {'context': context_of(account)} if account.popssl else {}
-        pop = pop_class(account.popssl)(account.pophost, account.popport,
-                                        self.redact, debuglevel, **tls)
+        pop = pop_class()(account.pophost, account.popport,
+                          context_of(account) if account.popssl else None,
+                          self.redact, debuglevel, watch)
         try:
             pop.user(account.popusername)
             pop.pass_(account.poppassword)
@@ -1969,17 +1976,17 @@ class SignIn:
     # SMTP AUTH.
 
     def by_auth(self, delivery):
-        """One mechanism after the other until one is taken. delivery: a
-        smtps.Delivery behind its hello(). Raises AccountUnavailable,
-        OSError."""
+        """One mechanism after the other until one is taken: returns its name,
+        '' if the account needs none. delivery: a smtps.Delivery behind its
+        hello(). Raises AccountUnavailable, OSError."""
         account, answers = self.account, []
         if not (account.smtpusername and account.smtppassword):
-            return
+            return ''
         for name in self._mechanisms(delivery):
             code, text = MECHANISMS[name](
                 delivery.ask, account.smtpusername, account.smtppassword)
             if code == 235:
-                return
+                return name
             answers.append('%s: %d %s' % (
                 name, code, self.redact(smtps.plain(text))))
             try:
@@ -2054,15 +2061,18 @@ def body_of(mail):
 class Courier:
     """Takes mails to one account's server, over one connection that it makes
     as the account asks for and keeps for the next mail. One thread uses it;
-    sign_in is shared with the account's other couriers.
+    sign_in is shared with the account's other couriers. watch: callable(step,
+    found), told of each step there: those of smtps.unwatched, and 'POP login'
+    with the user, 'waitafterpop' with the seconds, 'EHLO' with the
+    smtps.Delivery, 'login' with the name of the mechanism ('': none).
 
     upcoming: None, or the (Mail, Account) whose envelope is under way: it
     must be delivered next."""
 
-    def __init__(self, account, sign_in, config):
+    def __init__(self, account, sign_in, config, watch=smtps.unwatched):
         self.account, self.sign_in, self.config = account, sign_in, config
         self.upcoming = None
-        self._delivery = None
+        self._delivery, self._watch = None, watch
 
     @property
     def connected(self):
@@ -2071,9 +2081,8 @@ class Courier:
     def look(self):
         """Is somebody there at smtphost? Raises AccountUnavailable."""
         try:
-            socket.create_connection(
-                (self.account.smtphost, self.account.smtpport),
-                smtps.CONNECT_TIME).close()
+            smtps.connect(self.account.smtphost, self.account.smtpport,
+                          smtps.CONNECT_TIME).close()
         except (OSError, ValueError, LookupError) as error:
             raise self._unavailable('connect', error) from error
 
@@ -2106,7 +2115,7 @@ class Courier:
         """On the connection we have or, if the server has closed that
         meanwhile, on a new one. Raises AccountUnavailable, OSError."""
         while True:
-            self._connect()
+            self.connect()
             is_new = not self._delivery.used
             try:
                 return self._delivery.send(
@@ -2129,12 +2138,13 @@ class Courier:
 
     # Getting there.
 
-    def _connect(self):
-        """Raises AccountUnavailable."""
+    def connect(self):
+        """Gets the connection ready for a mail, if it is not. Raises
+        AccountUnavailable."""
         if self.connected and not self.sign_in.pop_is_due():
             return
         self.close()
-        self.sign_in.by_pop(self.config)
+        self.sign_in.by_pop(self.config, self._watch)
         for stage, step in (('connect', self._open), ('EHLO', self._hello),
                             ('STARTTLS', self._start_tls),
                             ('login', self._log_in)):
@@ -2151,10 +2161,11 @@ class Courier:
         self._delivery = smtps.Delivery(
             account.smtphost, account.smtpport, account.localhostname or HOST,
             context_of(account) if account.smtpsecurity == 'ssl' else None,
-            self.sign_in.redact, self.config.debuglevel)
+            self.sign_in.redact, self.config.debuglevel, self._watch)
 
     def _hello(self):
         self._delivery.hello()
+        self._watch('EHLO', self._delivery)
 
     def _start_tls(self):
         """Never plain text where TLS was asked for."""
@@ -2166,9 +2177,10 @@ class Courier:
                 'smtpsecurity=ssl and port 465, perhaps?'
                 % self.account.server)
         self._delivery.start_tls(context_of(self.account))
+        self._watch('EHLO', self._delivery)
 
     def _log_in(self):
-        self.sign_in.by_auth(self._delivery)
+        self._watch('login', self.sign_in.by_auth(self._delivery))
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""

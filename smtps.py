@@ -1208,12 +1208,70 @@ class Server:
 # --- Delivery: the client's end ---------------------------------------------
 
 CONNECT_TIME = 30       # seconds; so long a server has to answer a connection
+ADDRESS_TIME = 10       # seconds of these for one of several addresses
 REPLY_TIME = 60         # seconds for a whole reply
 DOT_TIME = 600          # seconds; RFC 5321 4.5.3.2.6: no second copies
 QUIT_TIME = 5           # seconds for a goodbye that nothing depends on
 REPLY_SIZE = 65536      # bytes of a whole reply
 
 NOT_ASKED = 503, 'not asked for'
+
+
+def unwatched(step, found):
+    """What is done on the way to a server is told to such a callable. step:
+    str; found: 'name', the name and the list of its addresses (str);
+    'connect', the socket; 'TLS', the socket that is secure now; 'greeting',
+    its text (str)."""
+
+
+def connect(host, port, seconds, tls=None, watch=unwatched):
+    """A socket, connected within so many seconds, and with TLS from the first
+    byte if tls, an ssl.SSLContext, is given. Each address of the name gets a
+    part of the time, first one of each family: an IPv6 that leads nowhere
+    costs seconds only. Raises as Delivery."""
+    end = time.monotonic() + seconds
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    first = {one[0]: one for one in reversed(found)}.values()
+    found.sort(key=lambda one: one not in first)
+    watch('name', (host, [where[0] for *_, where in found]))
+    trouble = OSError('no address')
+    for family, kind, protocol, _, where in found:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise socket.timeout('timed out')
+        try:
+            sock = connected(family, kind, protocol, where, min(
+                left, ADDRESS_TIME if len(found) > 1 else left))
+        except OSError as error:
+            trouble = error
+            continue
+        watch('connect', sock)
+        sock.settimeout(seconds)
+        return secured(sock, host, tls, watch) if tls else sock
+    raise trouble
+
+
+def connected(family, kind, protocol, where, seconds):
+    """A socket of one address. Raises OSError."""
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(where)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def secured(sock, host, tls, watch=unwatched):
+    """The socket with TLS around it. Raises OSError, then it is closed."""
+    try:
+        sock = tls.wrap_socket(sock, server_hostname=host)
+    except BaseException:
+        sock.close()
+        raise
+    watch('TLS', sock)
+    return sock
 
 
 class ServiceUnavailable(OSError):
@@ -1331,11 +1389,21 @@ class SmtpDialogue:
     """Mixed into smtplib's classes: replies are bounded, and the dialogue
     goes to our log, without secrets."""
 
-    def __init__(self, host, port, name, redact, debuglevel, **tls):
+    def __init__(self, host, port, name, tls, redact, debuglevel, watch):
         # The constructor of smtplib connects, and that uses these.
+        self.tls, self.watch = tls, watch
         self.redact, self.debuglevel = redact, debuglevel
         self.secret, self.reply_time = False, None
-        super().__init__(host, port, name, timeout=CONNECT_TIME, **tls)
+        super().__init__(host, port, name, timeout=CONNECT_TIME)
+
+    def connect(self, host, port):
+        code, text = super().connect(host, port)
+        if code == 220:
+            self.watch('greeting', plain(text))
+        return code, text
+
+    def _get_socket(self, host, port, timeout):
+        return connect(host, port, timeout, self.tls, self.watch)
 
     def getreply(self):
         if self.file is None:
@@ -1356,12 +1424,11 @@ class SmtpDialogue:
 
 
 @functools.lru_cache(None)
-def dialogue_class(secure):
+def dialogue_class():
     """Made when first needed, since smtplib alone costs a small box nine
-    megabytes. secure: TLS from the first byte."""
+    megabytes."""
     import smtplib
-    return type('Smtp', (SmtpDialogue, smtplib.SMTP_SSL if secure
-                         else smtplib.SMTP), {})
+    return type('Smtp', (SmtpDialogue, smtplib.SMTP), {})
 
 
 class Delivery:
@@ -1387,17 +1454,17 @@ class Delivery:
 
     used: bool, a mail has gone this way, be it refused."""
 
-    def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0):
+    def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0,
+                 watch=unwatched):
         """Connects and hears the greeting. host, name (for EHLO): str; tls:
         an ssl.SSLContext if TLS begins at once; redact: callable(str) -> str,
         takes secrets out of what the server says; debuglevel: 1 or more logs
-        the dialogue at INFO. Raises OSError, ValueError or LookupError (an
-        impossible host name), ImportError."""
+        the dialogue at INFO; watch: see unwatched(). Raises OSError,
+        ValueError or LookupError (an impossible host name), ImportError."""
         self._host, self._port = host, port
         self._redact, self._debuglevel = redact, debuglevel
-        extra = {'context': tls} if tls else {}
-        self._smtp = dialogue_class(tls is not None)(
-            host, port, name, redact, debuglevel, **extra)
+        self._smtp = dialogue_class()(
+            host, port, name, tls, redact, debuglevel, watch)
         self._smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._under_way = None      # the Envelope behind the last final dot
         self._unfinished = False    # a transaction needs RSET
@@ -1421,10 +1488,16 @@ class Delivery:
         """What EHLO said behind that word (str), or None."""
         return self._smtp.esmtp_features.get(extension.lower())
 
+    def offered(self):
+        """All that EHLO said, 'SIZE 1000' and so on, a list of str."""
+        return [' '.join([name.upper(), *value.split()])
+                for name, value in self._smtp.esmtp_features.items()]
+
     def start_tls(self, context):
         """STARTTLS and a new EHLO. Raises OSError if it is not to be had:
         never go on in plain text then."""
         self._smtp.starttls(context=context)
+        self._smtp.watch('TLS', self._smtp.sock)
         self._smtp.ehlo()
 
     def ask(self, line):

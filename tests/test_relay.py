@@ -353,7 +353,7 @@ class Absent(RelayCase):
 
     def nobody(self, error):
         """As long as this context lasts no server can be reached."""
-        return mock.patch('socket.create_connection', side_effect=error)
+        return mock.patch('smtps.connect', side_effect=error)
 
     def test_mail_goes_soon_after_the_way_to_a_server_is_back(self):
         for error in (ConnectionRefusedError(errno.ECONNREFUSED, 'refused'),
