@@ -3478,30 +3478,214 @@ def handler_test(settings, options):
     return 0
 
 
-def log_to_stdout():
+def log_to_stdout(level=logging.INFO):
     """The log among the lines of a command."""
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(ForCommand())
+    console.handleError = lambda record: None       # nobody listens
     root = logging.getLogger()
     root.handlers[:] = [console]
-    root.setLevel(logging.INFO)
+    root.setLevel(level)
 
 
 class TestMail(Mail):
-    """A mail from a file, for handlers to look at."""
+    """A mail that lies in no spool, from a message (bytes)."""
 
     def __init__(self, message):
         from email import message_from_bytes
         from email.utils import getaddresses
         headers = message_from_bytes(message)
-        self.id, self.data, self.start = 'test', smtps.stuffed(message), 0
-        self.body, self.dot = smtps.split_header(self.data), len(self.data) + 3
+        self.id, self.path, self.parameters = 'test', None, {}
+        self.data, self.start = smtps.stuffed(message) + b'.\r\n', 0
+        self.body, self.dot = smtps.split_header(self.data), len(self.data)
         self._msg = message
         addresses = [[Address(a) for _, a in getaddresses(
             [str(field) for field in headers.get_all(name, [])]) if a]
             for name in ('from', 'to')]
         self.frm, self.to = (addresses[0] or [Address('')])[0], (
             addresses[1] or [Address('nobody@localhost')])
+
+
+def test(settings, options):
+    """--test [SENDER [RECIPIENT]]: the way that mail would go."""
+    log_to_stdout(logging.INFO if settings.config.debuglevel
+                  else logging.WARNING)
+    if not options.test:
+        return test_all(settings)
+    if options.test[2:] or options.test[1:] and not all(
+            map(is_address, options.test)):
+        say('--test takes a sender, or the addresses of a sender and of a '
+            'recipient')
+        return 1
+    section = settings.section_for(options.test[0])
+    if section is None:
+        say('there is no account for %s in %s' % (
+            options.test[0], settings.file))
+        return 1
+    return test_one(settings, section, *options.test)
+
+
+def is_address(text):
+    """Could a mail be from or to it?"""
+    try:
+        return '@' in smtps.parse_path('<%s>' % text, '')[0]
+    except smtps.Refused:
+        return False
+
+
+def test_one(settings, section, sender, recipient=None):
+    account = settings.accounts[section]
+    tell('[%s]: %s' % (section, account.server))
+    works = trial(settings, account, recipient and test_mail(
+        sender, recipient, section))
+    tell('[%s] works; %s' % (section, (
+        'look whether the mail has come to <%s>' % recipient
+        if recipient else 'no mail was sent'))
+        if works else '[%s] does not work' % section)
+    return 0 if works else 1
+
+
+def test_all(settings):
+    """Each way out once: sections may share one."""
+    sections = {}
+    for name, account in settings.accounts.items():
+        sections.setdefault(account.connection, []).append('[%s]' % name)
+    failed = []
+    for account, names in sections.items():
+        tell('%s: %s' % (', '.join(names), account.server))
+        if not trial(settings, account):
+            failed += names
+        tell('')
+    tell('these do not work: ' + ', '.join(failed) if failed else
+         'all accounts work; no mail was sent' if sections else
+         'there is no account in ' + settings.file)
+    return 1 if failed or not sections else 0
+
+
+def test_mail(sender, recipient, section):
+    """A TestMail as a device would send it."""
+    now = int(time.time())
+    mail = TestMail((TEST_MAIL % (
+        mail_date(now), now, os.urandom(4).hex(), HOST, sender, recipient,
+        HOST, section)).encode())
+    mail.frm, mail.to = Address(sender), [Address(recipient)]
+    return mail
+
+
+TEST_MAIL = """\
+Date: %s
+Message-ID: <test.%x.%s@%s>
+From: <%s>
+To: <%s>
+Subject: A test of smtpproxy
+MIME-Version: 1.0
+Content-Type: text/plain; charset=utf-8
+Content-Transfer-Encoding: 8bit
+
+This is a test of smtpproxy on %s. It took the way by the account
+[%s], as the mail of your devices does.
+"""
+
+
+def trial(settings, account, mail=None):
+    """Tells of each step of an account's way, that of a mail as well if there
+    is one. Returns whether all went well."""
+    with contextlib.closing(Trial(settings, account)) as attempt:
+        return attempt.connect() and (mail is None or attempt.send(mail))
+
+
+class Trial:
+    """Goes the way that mail of an account goes, with the Courier that takes
+    it there, and tells of each step and the time it took.
+
+    tell: callable(str); clock: callable() -> seconds."""
+
+    def __init__(self, settings, account, tell=tell, clock=time.monotonic):
+        self._account, self._sign_in = account, SignIn(account)
+        self._courier = Courier(account, self._sign_in, settings.config,
+                                self._show)
+        self._tell, self._clock, self._since = tell, clock, clock()
+
+    def connect(self):
+        """All but the mail. Returns whether it went well."""
+        try:
+            self._courier.connect()
+        except AccountUnavailable as error:
+            return self._fail(error)
+        return True
+
+    def send(self, mail):
+        """Returns whether all its recipients have it."""
+        try:
+            report = self._courier.deliver(mail, self._account, lambda: None)
+        except AccountUnavailable as error:
+            return self._fail(error)
+        for reply, recipients in grouped(report.sent):
+            self._line('sent to %s: %s' % (listed(recipients), reply))
+        for reply, recipients in grouped(dict(report.never, **report.later)):
+            self._fail('%s said %s for %s' % (
+                self._account.server, reply, listed(recipients)))
+        return not report.never and not report.later
+
+    def close(self):
+        self._courier.close(politely=True)
+
+    def _fail(self, why):
+        self._line('failed: %s' % why)
+        return False
+
+    def _show(self, step, found):
+        self._line('%s: %s' % (step, SHOWN[step](found)))
+
+    def _line(self, text):
+        since, self._since = self._since, self._clock()
+        with contextlib.suppress(OSError):      # of ours, not of the server
+            self._tell('%6d ms  %s' % ((self._since - since) * 1000,
+                                       self._sign_in.redact(text)))
+
+
+def shown_name(found):
+    host, addresses = found
+    return '%s is %s' % (host, ', '.join(addresses))
+
+
+def shown_tls(sock):
+    certificate = sock.getpeercert()
+    return '%s, %s, %s' % (
+        sock.version(), sock.cipher()[0], shown_certificate(certificate)
+        if certificate else 'certificate not verified (tlsverify=false)')
+
+
+def shown_certificate(certificate):
+    """Whose, by whom and until when, of what ssl tells."""
+    import ssl
+    subject, issuer = (
+        {key: value for part in certificate.get(name, ())
+         for key, value in part} for name in ('subject', 'issuer'))
+    names = [value for _, value in certificate.get('subjectAltName', ())]
+    return 'certificate of %s by %s, good until %s' % (
+        subject.get('commonName') or ', '.join(names[:3]),
+        issuer.get('organizationName') or issuer.get('commonName'),
+        time.strftime('%Y-%m-%d', time.gmtime(ssl.cert_time_to_seconds(
+            certificate['notAfter']))))
+
+
+def shown_offers(delivery):
+    return 'it offers ' + (', '.join(delivery.offered()) or 'nothing')
+
+
+# What a Courier tells of its way -> how that is shown.
+SHOWN = {
+    'name': shown_name,
+    'connect': lambda sock: '%s port %d' % sock.getpeername()[:2],
+    'TLS': shown_tls,
+    'greeting': str,
+    'POP login': 'taken as {}'.format,
+    'waitafterpop': '{} s'.format,
+    'EHLO': shown_offers,
+    'login': lambda how: 'taken by ' + how if how else (
+        'none, there is no smtpusername'),
+}
 
 
 def demo(options):
@@ -3638,6 +3822,8 @@ def parse(arguments):
     add = parser.add_mutually_exclusive_group().add_argument
     add('--check', action='store_true', help='look for mistakes, do not start')
     add('--demo', action='store_true', help='the whole trip of a mail, here')
+    add('--test', nargs='*', metavar=('SENDER', 'RECIPIENT'),
+        help='go the way that mail would go')
     add('--queue', action='store_true', help='what waits in msgs/')
     add('--retry', metavar='ID', help='try a mail, or all, now')
     add('--delete', metavar='ID', help='remove a mail')
@@ -3649,7 +3835,7 @@ def parse(arguments):
 
 
 COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
-            'show': show, 'handler_test': handler_test}
+            'show': show, 'handler_test': handler_test, 'test': test}
 
 
 class Signals:
@@ -3732,7 +3918,7 @@ def main(arguments):
             return demo(options)
         settings = load(options.config)
         for name, command in COMMANDS.items():
-            if getattr(options, name):
+            if getattr(options, name) not in (None, False):
                 return command(settings, options)
         return serve(settings)
     except FileNotFoundError as error:
