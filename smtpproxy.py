@@ -10,7 +10,7 @@ the account that belongs to the sender, with all that the account needs.
                                                 Handlers
 
 The sections are in the order of a mail's journey, each uses only those
-above it: Settings, Log, Spool, Front door, Handlers, Advice, Sign-in,
+above it: Settings, Log, Spool, Front door, Handlers, Advice, OAuth2, Sign-in,
 Courier, Relay, Proxy, Commands, Main. The keys of the ini are explained in
 smtpproxy.ini.example.
 """
@@ -32,7 +32,7 @@ import time
 import zlib
 from typing import NamedTuple
 
-VERSION = '2.0.0'
+VERSION = '2.1.0'
 HOST = re.sub(r'[^A-Za-z0-9.-]', '-', socket.gethostname()) or 'localhost'
 HOME = os.path.dirname(os.path.realpath(__file__))
 
@@ -188,6 +188,7 @@ class Config(NamedTuple):
     tlsweak: boolean = False
     user: one_line = ''
     group: one_line = ''
+    tokendir: file_path = 'tokens'
 
 
 class Logging(NamedTuple):
@@ -206,7 +207,8 @@ class Account(NamedTuple):
     smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
     smtpusername: one_line = ''
     smtppassword: one_line = ''
-    smtpauth: Choice('auto', 'plain', 'login', 'cram-md5') = 'auto'
+    smtpauth: Choice('auto', 'plain', 'login', 'cram-md5', 'xoauth2',
+                     'oauthbearer') = 'auto'
     smtpweaktls: boolean = False
     smtpconnections: Number(1, 100) = 4
     tlsverify: boolean = True
@@ -218,6 +220,16 @@ class Account(NamedTuple):
     popusername: one_line = ''
     poppassword: one_line = ''
     popcheckdelay: Capped(0, DAY) = 60
+    oauth: one_line = ''
+    oauthclientid: one_line = ''
+    oauthclientsecret: one_line = ''
+    oauthtenant: one_line = 'common'
+    oauthflow: Choice('auto', 'device', 'browser', 'app') = 'auto'
+    oauthscope: one_line = ''
+    oauthtokenurl: one_line = ''
+    oauthdeviceurl: one_line = ''
+    oauthauthurl: one_line = ''
+    oauthport: port_number = 0
     returnpath: mail_address = ''
     replyto: mail_address = ''
     forcefrom: mail_address = ''
@@ -234,6 +246,12 @@ class Account(NamedTuple):
         that differ only in how a mail is dressed have the same."""
         return connection_of(self)
 
+    @property
+    def grant(self):
+        """Accounts that agree in this share one sign-in by OAuth2."""
+        return (self.smtpusername.lower(), self.oauthclientid,
+                self.oauthtokenurl)
+
     def __repr__(self):
         return 'Account(%s)' % ', '.join(
             '%s=%s' % (key, masked(key, value))
@@ -248,13 +266,15 @@ def connection_of(account):
 
 class Settings(NamedTuple):
     """Never changed: a reload builds a new one. accounts: {lower-case section
-    name: Account}, handlers: {name: {key: value}}, warnings: [str]."""
+    name: Account}, handlers: {name: {key: value}}, warnings: [str], grants:
+    {Account.grant: name of the section that holds its keys}."""
     file: str
     config: Config
     logging: Logging
     accounts: dict
     handlers: dict
     warnings: list
+    grants: dict
 
     def account_for(self, sender):
         """The Account of an envelope sender (str), or None."""
@@ -269,9 +289,35 @@ class Settings(NamedTuple):
                 return name
 
 
+SECRETS = ('password', 'secret')        # how the name of such a key ends
+
+# What oauth=<provider> sets where the ini does not. TENANT is oauthtenant.
+MICROSOFT = 'https://login.microsoftonline.com/TENANT/oauth2/v2.0/'
+PROVIDERS = {
+    'microsoft': {
+        'smtphost': 'smtp.office365.com', 'smtpconnections': 2,
+        'oauthflow': 'device', 'oauthtokenurl': MICROSOFT + 'token',
+        'oauthdeviceurl': MICROSOFT + 'devicecode',
+        'oauthauthurl': MICROSOFT + 'authorize',
+        # One scope more, and most tenants want an administrator's consent.
+        'oauthscope': 'https://outlook.office.com/SMTP.Send offline_access'},
+    'google': {
+        'smtphost': 'smtp.gmail.com', 'oauthflow': 'browser',
+        'oauthtokenurl': 'https://oauth2.googleapis.com/token',
+        'oauthauthurl': 'https://accounts.google.com/o/oauth2/v2/auth',
+        'oauthscope': 'https://mail.google.com/'},
+    'other': {}}
+MICROSOFT_APP_SCOPE = 'https://outlook.office365.com/.default'
+
+
 def masked(key, value):
     """value as it may be shown."""
-    return '***' if value and key.endswith('password') else repr(value)
+    return '***' if value and key.endswith(SECRETS) else repr(value)
+
+
+def is_loopback(host):
+    """Does this name or address never leave the box?"""
+    return bool(re.fullmatch(r'127(\.\d{1,3}){3}|localhost|::1', host.lower()))
 
 
 def nearest(word, known):
@@ -292,6 +338,7 @@ class IniReader:
 
     def __init__(self, path):
         self.path, self.mistakes, self.warnings = path, [], []
+        self.grants = {}      # see check_shared
         self.folder = os.path.dirname(os.path.abspath(path))
         self.parser = self.parse(self.read())
 
@@ -356,7 +403,9 @@ class IniReader:
         if self.mistakes:
             raise ConfigError(self.mistakes)
         return Settings(self.path, config, logs, accounts, handlers,
-                        self.warnings + self.careless(config, accounts))
+                        self.warnings + self.careless(config, accounts),
+                        {accounts[name].grant: name
+                         for name, _ in self.grants.values()})
 
     def complain(self, section, key, what):
         self.mistakes.append('%s: [%s] %s%s' % (
@@ -404,7 +453,7 @@ class IniReader:
             return kind(text, functools.partial(self.warn, section, key))
         except ValueError as error:
             self.complain(section, key, '= %s: %s' % (
-                '***' if key.endswith('password') else text, error))
+                '***' if key.endswith(SECRETS) else text, error))
 
     def check_account(self, section, found):
         """What an account needs, and what follows from what."""
@@ -412,6 +461,7 @@ class IniReader:
             if len(found) > 1:
                 self.complain(section, 'use', 'must be the only key here')
             return
+        self.check_oauth(section, found)
         for key in ('smtphost',) + (
                 ('pophost', 'popusername', 'poppassword')
                 if found.get('popbeforesmtp') else ()):
@@ -420,10 +470,129 @@ class IniReader:
         if not found.get('smtpport'):
             implicit = found.get('smtpsecurity') == 'ssl'
             found['smtpport'] = 465 if implicit else 25
-        if bool(found.get('smtpusername')) != bool(found.get('smtppassword')):
+        if not found.get('oauth') and bool(found.get('smtpusername')) != bool(
+                found.get('smtppassword')):
             self.warnings.append(
                 '%s: [%s] has smtpusername or smtppassword without the other: '
                 'there will be no login' % (self.path, section))
+
+    def check_oauth(self, section, found):
+        """What an account with oauth needs; sets what its provider sets."""
+        provider = found['oauth'] = found.get('oauth', '').lower()
+        if not provider:
+            self.check_no_oauth(section, found)
+            return
+        if provider not in PROVIDERS:
+            self.complain(section, 'oauth', '= %s: must be one of %s' % (
+                provider, ', '.join(PROVIDERS)))
+            found.setdefault('smtphost', provider)  # one mistake, one line
+            return
+        address = found.get('oauthtokenurl') or PROVIDERS[provider].get(
+            'oauthtokenurl')
+        self.set_by_provider(section, found)
+        needed = ['smtpusername', 'oauthclientid', 'oauthscope',
+                  'oauthtokenurl', {'device': 'oauthdeviceurl',
+                                    'browser': 'oauthauthurl',
+                                    'app': 'oauthclientsecret'}[
+                                        found['oauthflow']]]
+        for key in needed:
+            if not found.get(key):
+                self.complain(section, key, 'is missing: oauth=%s with '
+                              'oauthflow=%s needs it' % (
+                                  provider, found['oauthflow']))
+        for key in 'oauthtokenurl', 'oauthdeviceurl', 'oauthauthurl':
+            self.check_url(section, key, found.get(key))
+        self.check_oauth_company(section, found)
+        if all(map(found.get, needed)):
+            self.check_shared(section, found, address)
+
+    def set_by_provider(self, section, found):
+        provider, tenant = found['oauth'], found.get('oauthtenant') or 'common'
+        if not re.match(r'[A-Za-z0-9.-]+$', tenant):
+            self.complain(section, 'oauthtenant', '= %s: must be common, '
+                          'organizations, consumers, or the id or domain of '
+                          'a tenant' % tenant)
+            tenant = 'common'
+        if found.get('oauthflow') == 'auto':
+            del found['oauthflow']
+        preset = dict(PROVIDERS[provider])
+        if provider == 'microsoft' and found.get('oauthflow') == 'app':
+            preset['oauthscope'] = MICROSOFT_APP_SCOPE
+        if provider == 'other':
+            preset['oauthflow'] = 'device' if found.get(
+                'oauthdeviceurl') else 'browser'
+        else:
+            preset['smtpsecurity'] = 'tls'
+            if found.get('smtpsecurity') != 'ssl':
+                preset['smtpport'] = 587
+        for key, value in preset.items():
+            if not found.get(key):
+                found[key] = value.replace('TENANT', tenant) if isinstance(
+                    value, str) else value
+
+    def check_url(self, section, key, url):
+        """What is secret goes there: https, unless it stays on the box."""
+        from urllib.parse import urlsplit
+        try:
+            parts = urlsplit(url or 'https://none')
+            good = parts.hostname and parts.port != 0 and (
+                parts.scheme == 'https' or parts.scheme == 'http'
+                and is_loopback(parts.hostname))
+            if good and '@' not in parts.netloc and not re.search(
+                    '[^!-~]|#', url or ''):
+                return
+        except ValueError:
+            pass                        # a port that is no number
+        self.complain(section, key, '= %s: must be an address that begins '
+                      'with https:// (http:// only for 127.0.0.1)' % url)
+
+    def check_oauth_company(self, section, found):
+        """What does not go together with oauth."""
+        flow, provider = found['oauthflow'], found['oauth']
+        for key in found:
+            if key.startswith('smtppassword') and found[key]:
+                self.complain(section, key, 'and oauth exclude each other: '
+                              'remove one of them')
+        if (found.get('smtpauth') or 'auto') not in (
+                'auto', 'xoauth2', 'oauthbearer'):
+            self.complain(section, 'smtpauth', '= %s: with oauth it must be '
+                          'auto, xoauth2 or oauthbearer' % found['smtpauth'])
+        if (found.get('smtpsecurity') or 'none') == 'none' and not is_loopback(
+                found.get('smtphost') or ''):
+            self.complain(section, 'smtpsecurity', '= none: with oauth it '
+                          'must be tls or ssl: all could read the token')
+        if provider == 'google' and flow != 'browser':
+            self.complain(section, 'oauthflow', '= %s: Google lets nobody '
+                          'sign in for mail so; set browser' % flow)
+        if provider == 'microsoft' and flow == 'app' and found.get(
+                'oauthtenant', 'common') in ('', 'common', 'consumers'):
+            self.complain(section, 'oauthtenant', 'must be the id or domain '
+                          'of your tenant with oauthflow=app')
+
+    def check_no_oauth(self, section, found):
+        for key in found:
+            if key.startswith('oauth') and found[key] not in (
+                    None, '', Account._field_defaults[key]):
+                self.complain(section, key, 'needs oauth=microsoft, google '
+                              'or other beside it')
+        if found.get('smtpauth') in ('xoauth2', 'oauthbearer'):
+            self.complain(section, 'smtpauth', '= %s: needs oauth=microsoft, '
+                          'google or other beside it' % found['smtpauth'])
+
+    def check_shared(self, section, found, address):
+        """Sections with one sign-in must mean the same. address: of the
+        token server, with TENANT as it stands."""
+        name = ' '.join(section.lower().split())
+        key = found['smtpusername'].lower(), found['oauthclientid'], address
+        first, other = self.grants.setdefault(key, (name, found))
+        for key in ('oauthscope', 'oauthflow', 'oauthtenant',
+                    'oauthclientsecret'):
+            default = Account._field_defaults[key]
+            if found.get(key, default) != other.get(key, default):
+                self.complain(section, key, 'is not that of [%s], which has '
+                              'the same sign-in (smtpusername, oauthclientid '
+                              'and oauthtokenurl): they must agree; best is '
+                              'use=%s' % (first, first))
 
     def resolve(self, accounts):
         """Puts the account that is meant in the place of each use=."""
@@ -452,6 +621,13 @@ class IniReader:
             self.complain('config', 'msgdir', '= %s: must be a folder of its '
                           'own: what is no mail there is moved to corrupt/'
                           % config.msgdir)
+        if not os.path.isabs(config.tokendir):
+            config = config._replace(tokendir=os.path.join(
+                self.folder, config.tokendir or 'tokens'))
+        if os.path.realpath(config.tokendir) in map(os.path.realpath, (
+                HOME, self.folder, config.msgdir)):
+            self.complain('config', 'tokendir', '= %s: must be a folder of '
+                          'its own' % config.tokendir)
         if not os.path.isabs(logs.file):
             logs = logs._replace(file=os.path.join(self.folder, logs.file))
         if bool(config.tlscert) != bool(config.tlskey):
@@ -489,7 +665,7 @@ class IniReader:
         passwords = [(section, key, value)
                      for section in self.parser.sections()
                      for key, value in self.parser[section].items()
-                     if key.endswith('password')]
+                     if key.endswith(SECRETS)]
         found = ['%s: [%s] %s has %%%%: smtpproxy 1.x read it as one %%, 2.0 '
                  'takes it as it stands' % (self.path, section, key)
                  for section, key, value in passwords if '%%' in value]
@@ -1743,9 +1919,10 @@ class Handlers:
 class AccountUnavailable(Exception):
     """The account's server can't be used now: every mail of the account has
     to wait. Its text is for the owner. absent: nobody is there at all
-    (refused, unreachable, unknown name)."""
+    (refused, unreachable, unknown name). wait: seconds in which the server
+    wants to be left alone."""
 
-    absent = False
+    absent, wait = False, 0
 
 
 def explain(error, host):
@@ -1804,6 +1981,1101 @@ def port_advice(account):
         'smtpsecurity=' + security, port)
 
 
+# --- OAuth2: signing in where no password is taken --------------------------
+
+TOKEN_TIME = 30             # seconds for a whole exchange with a token server
+ADDRESS_TIME = 5            # of these for one of several addresses
+ANSWER_SIZE = 65536         # bytes of its answer
+MARGIN = 600                # seconds; some servers refuse a token with less
+LOCK_TIME = 45              # seconds: another process's renewal is over then
+IDLE_TIME = 7 * 86400       # seconds; unused sign-ins end, soonest in weeks
+IDLE_RETRY = 3600           # seconds until that is tried again
+CLOCK_IS_SET = 1735689600   # 2025: many routers begin in 1970 at each start
+
+# Of a form: what no message may repeat.
+FORM_SECRETS = ('client_secret', 'refresh_token', 'device_code', 'code',
+                'code_verifier')
+DENIALS = {                 # RFC 6749 5.2, 8628 3.5, and Microsoft's own
+    'invalid_grant': 'the sign-in has ended or was withdrawn',
+    'invalid_client': 'oauthclientid or oauthclientsecret is wrong or has '
+                      'expired',
+    'unauthorized_client': 'the app registration does not allow this',
+    'unsupported_grant_type': 'the provider has no such oauthflow',
+    'invalid_scope': 'oauthscope is refused',
+    'interaction_required': 'the provider wants to see you again',
+    'consent_required': 'consent is missing',
+    'access_denied': 'it was declined',
+    'authorization_declined': 'it was declined',
+    'expired_token': 'the time for it is over'}
+
+
+class TokenServerAway(AccountUnavailable):
+    """There is no token for now; that passes by itself."""
+
+
+class SignInNeeded(AccountUnavailable):
+    """There is no token until a person acts. reason: why, a str."""
+
+    reason = ''
+
+
+class TokenDenied(Exception):
+    """The token server said no. error: its word for it; str(): for the
+    owner, without secrets."""
+
+    def __init__(self, error, words=''):
+        meaning = DENIALS.get(error, 'the provider refuses')
+        super().__init__('%s (%s)' % (meaning, ': '.join(
+            filter(None, (smtps.plain(error)[:80], smtps.plain(words))))))
+        self.error = error
+
+
+def xoauth2(account, token):
+    """The initial response of AUTH XOAUTH2, not yet in base64."""
+    return 'user=%s\1auth=Bearer %s\1\1' % (account.smtpusername, token)
+
+
+def oauthbearer(account, token):
+    """The same of OAUTHBEARER, RFC 7628 3.1."""
+    user = account.smtpusername.replace('=', '=3D').replace(',', '=2C')
+    return 'n,a=%s,\1host=%s\1port=%d\1auth=Bearer %s\1\1' % (
+        user, account.smtphost, account.smtpport, token)
+
+
+# The token server.
+
+def connect_in_turn(address, end):
+    """A socket that is connected before the time end. Each address of the
+    name gets some seconds, first one of each family: an IPv6 that leads
+    nowhere costs no minute. Raises OSError."""
+    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+    first = {one[0]: one for one in reversed(found)}.values()
+    found.sort(key=lambda one: one not in first)
+    limit = ADDRESS_TIME if len(found) > 1 else TOKEN_TIME
+    trouble = OSError('no address')
+    for family, kind, protocol, _, where in found:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise socket.timeout('timed out')
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as error:        # a box without IPv6
+            trouble = error
+            continue
+        try:
+            sock.settimeout(min(left, limit))
+            sock.connect(where)
+            sock.settimeout(TOKEN_TIME)
+            return sock
+        except OSError as error:
+            sock.close()
+            trouble = error
+    raise trouble
+
+
+def proxy_for(host):
+    """(name, port, authorization or '') of the HTTPS_PROXY for this host, or
+    None. Raises ValueError."""
+    if not any(name.lower().endswith('_proxy') for name in os.environ):
+        return None                     # urllib.request is large
+    from urllib.parse import unquote, urlsplit
+    from urllib.request import getproxies, proxy_bypass
+    proxy = getproxies().get('https')
+    if not proxy or proxy_bypass(host):
+        return None
+    parts = urlsplit(proxy if '//' in proxy else '//' + proxy)
+    try:
+        port = parts.port or 80
+    except ValueError:
+        port = 0
+    if not parts.hostname or not port:
+        raise ValueError('HTTPS_PROXY is no address of a proxy')
+    login = '%s:%s' % (unquote(parts.username or ''),
+                       unquote(parts.password or ''))
+    return parts.hostname, port, parts.username and (
+        'Basic ' + smtps.encoded64(login))
+
+
+class Exchange:
+    """One POST to a token server. It ends within TOKEN_TIME, whatever the
+    server does: a socket's own timeout is for each piece only, and one that
+    trickles would hold us for ever."""
+
+    def __init__(self, account, url):
+        from urllib.parse import urlsplit
+        self.account, self.url = account, urlsplit(url)
+        self.host = self.url.hostname
+        self.end = time.monotonic() + TOKEN_TIME
+        self.timer = self.twin = None   # cuts the connection, by this socket
+
+    def post(self, form):
+        """(status, headers, body). Raises OSError, HTTPException, and
+        ImportError or LookupError for what the box lacks."""
+        from urllib.parse import urlencode
+        target = (self.url.path or '/') + (
+            self.url.query and '?' + self.url.query)
+        connection = self._connection()
+        connection._create_connection = self._connect
+        try:
+            connection.request('POST', target, urlencode(form), {
+                'Content-Type': 'application/x-www-form-urlencoded',
+                'Accept': 'application/json', 'Connection': 'close',
+                'User-Agent': 'smtpproxy/' + VERSION})
+            with connection.getresponse() as response:
+                return (response.status, response.headers,
+                        response.read(ANSWER_SIZE + 1))
+        finally:
+            self._disarm()
+            connection.close()
+
+    def _connection(self):
+        """Not connected yet. http.client follows no redirects."""
+        from http.client import HTTPConnection, HTTPSConnection
+        port = self.url.port
+        if self.url.scheme == 'http':   # it stays on this box
+            return HTTPConnection(self.host, port or 80)
+        tls = smtps.client_context(self.account.tlscafile)
+        proxy = proxy_for(self.host)
+        if proxy is None:
+            return HTTPSConnection(self.host, port or 443, context=tls)
+        connection = HTTPSConnection(*proxy[:2], context=tls)
+        connection.set_tunnel(self.host, port or 443, {
+            'Proxy-Authorization': proxy[2]} if proxy[2] else {})
+        return connection
+
+    def _connect(self, address, *_):
+        sock = connect_in_turn(address, self.end)
+        self.twin = sock.dup()          # sock itself goes to the TLS layer
+        self.timer = threading.Timer(
+            max(0, self.end - time.monotonic()), self._cut)
+        self.timer.name, self.timer.daemon = 'token-deadline', True
+        self.timer.start()
+        return sock
+
+    def _cut(self):
+        with contextlib.suppress(OSError):      # it is closed already
+            self.twin.shutdown(socket.SHUT_RDWR)
+
+    def _disarm(self):
+        if self.timer:
+            self.timer.cancel()
+            self.twin.close()
+
+    def is_late(self):
+        return time.monotonic() >= self.end
+
+    def explain(self, error):
+        """What a failed post() means to the owner (str)."""
+        ssl = sys.modules.get('ssl')
+        if self.is_late() or isinstance(error, socket.timeout):
+            return '%s does not answer in time' % self.host
+        if ssl and isinstance(error, ssl.SSLError) and getattr(
+                error, 'verify_code', 62) in (62, 64):      # another's name
+            return 'no TLS with %s: %s' % (self.host, getattr(
+                error, 'verify_message', '') or error.reason or error)
+        return explain(error, self.host)
+
+
+def ask_token_server(account, url, form, wanted='access_token'):
+    """Its answer to a form: a dict with what is wanted. Raises
+    TokenServerAway, or TokenDenied if it said no."""
+    from http.client import HTTPException
+    form = {key: value for key, value in form.items() if value}
+    exchange = Exchange(account, url)
+    try:
+        status, headers, body = exchange.post(form)
+    except (OSError, HTTPException, ImportError, LookupError, ValueError,
+            RuntimeError) as error:     # RuntimeError: no thread to be had
+        away = TokenServerAway('token server: ' + exchange.explain(error))
+        away.absent = is_absence(error)
+        raise away from error
+    answer = parsed(body) if len(body) <= ANSWER_SIZE else {}
+    if not answer and exchange.is_late():
+        raise TokenServerAway('token server: ' + exchange.explain(None))
+    error = answer.get('error')
+    if status == 429 or status >= 500 or error in (
+            'temporarily_unavailable', 'server_error'):
+        away = TokenServerAway('token server: %s has no time: %s' % (
+            exchange.host, error or status))
+        away.wait = retry_after(headers)
+        raise away
+    if error and isinstance(error, str) and not 300 <= status < 400:
+        raise TokenDenied(veiled(error, form), veiled(
+            first_line(answer.get('error_description')), form))
+    if 300 <= status < 400 or not is_token(answer.get(wanted)):
+        raise TokenServerAway(
+            'token server: %s answered %d, but nothing that we understand; '
+            'is there a login page between it and this box, or is its '
+            'address wrong?' % (exchange.host, status))
+    return answer
+
+
+def parsed(body):
+    """The JSON object in it, {} if there is none."""
+    import json
+    try:
+        answer = json.loads(body)
+    except (ValueError, RecursionError):
+        return {}
+    return answer if isinstance(answer, dict) else {}
+
+
+def is_token(value):
+    return isinstance(value, str) and re.fullmatch('[!-~]+', value) is not None
+
+
+def first_line(text):
+    """Microsoft's further lines are numbers for its support."""
+    return text.strip().partition('\n')[0] if isinstance(text, str) else ''
+
+
+def veiled(text, form):
+    """A server's words, which may repeat what it was told."""
+    from urllib.parse import quote
+    for key in FORM_SECRETS:
+        for secret in form.get(key, ''), quote(form.get(key, ''), safe=''):
+            if len(secret) >= 4:
+                text = text.replace(secret, '***')
+    return text
+
+
+def retry_after(headers):
+    """Seconds; at most a day (RFC 9110 10.2.3)."""
+    from email.utils import parsedate_to_datetime
+    value = headers.get('Retry-After', '').strip()
+    try:
+        seconds = int(value) if value.isdigit() else (
+            parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, TypeError, OverflowError):
+        return 0
+    return min(max(0, seconds), DAY)
+
+
+def seconds_in(value, default):
+    """A number of seconds from JSON, where it may be a string."""
+    try:
+        return min(max(0, int(value)), 10 * 365 * DAY)
+    except (TypeError, ValueError, OverflowError):
+        return default
+
+
+def client_form(account, **more):
+    """What each form holds; the secret only if there is one: a public client
+    must not send one."""
+    return dict(client_id=account.oauthclientid,
+                client_secret=account.oauthclientsecret, **more)
+
+
+# A sign-in on disk and in memory.
+
+class Tokens(NamedTuple):
+    """What the token server gave us. Times are the box's clock in whole
+    seconds: the end of access, the last answer, the sign-in of a person.
+    scope: what was granted, '' if it did not say."""
+    access: str
+    refresh: str
+    expires: int
+    renewed: int
+    signed_in: int
+    scope: str
+
+    @classmethod
+    def of(cls, answer, old, now):
+        """From a token server's answer; what it does not name stays."""
+        refresh, scope = answer.get('refresh_token'), answer.get('scope')
+        return cls(answer['access_token'],
+                   refresh if is_token(refresh) else old and old.refresh or '',
+                   int(now) + seconds_in(answer.get('expires_in'), 3600),
+                   int(now), old.signed_in if old else int(now),
+                   scope if isinstance(scope, str) else old and old.scope
+                   or '')
+
+
+def scope_to_renew(account, granted):
+    """Never more than was granted (RFC 6749 6). Microsoft and Google want to
+    hear again all that was asked for, offline_access too, which their answers
+    do not name."""
+    words = account.oauthscope.split()
+    if account.oauth == 'other':
+        words = [word for word in words if word in granted.split()]
+    return ' '.join(words) or account.oauthscope
+
+
+class TokenFile:
+    """A sign-in on disk, and its lock. It is replaced as a whole:
+
+      files             made by          a crash there costs
+      ------------------------------------------------------------------
+      NAME.json.new     write            nothing: NAME.json counts
+      NAME.json         the rename       nothing; before the folder's sync
+                                         perhaps the new tokens
+
+    NAME.lock keeps processes apart and is never removed, since another one
+    may have it open. NAME.needed says why NAME.json is of no use any more:
+    for the commands, which do not ask the token server. key: Account.grant.
+    """
+
+    complained = set()      # folders that have no locks, said already
+
+    def __init__(self, folder, key):
+        self.folder, self.key = folder, key
+        name = '%s-%08x' % (re.sub(r'[^a-z0-9.@_+-]', '-', key[0])[:80],
+                            zlib.crc32('\n'.join(key).encode()))
+        self.path = os.path.join(folder, name + '.json')
+        self.new = self.path + '.new'
+        self.lock = os.path.join(folder, name + '.lock')
+        self.needed = os.path.join(folder, name + '.needed')
+
+    def mark(self):
+        """What changes whenever the file does; None: there is no file.
+        Raises OSError if the whole folder is away."""
+        try:
+            found = os.lstat(self.path)
+        except FileNotFoundError:
+            os.stat(self.folder)
+            return None
+        return found.st_ino, found.st_mtime_ns, found.st_size
+
+    def read(self):
+        """Its Tokens. Raises OSError, or ValueError if it is damaged or not
+        ours."""
+        with open(os.open(self.path, os.O_RDONLY | os.O_NOFOLLOW
+                          | os.O_NONBLOCK), 'rb') as file:
+            if not os.path.isfile(file.fileno()):
+                raise ValueError('it is no file')
+            found = parsed(file.read(4 * ANSWER_SIZE))
+        if found.get('for') != list(self.key):
+            raise ValueError('it is damaged, or of another sign-in')
+        try:
+            tokens = Tokens(**found['tokens'])
+        except (KeyError, TypeError):
+            raise ValueError('it is damaged')
+        if any(type(value) is not Tokens.__annotations__[name]
+               for name, value in tokens._asdict().items()):
+            raise ValueError('it is damaged')
+        return tokens
+
+    def write(self, tokens):
+        """Replaces the file; returns its mark. It lasts when this returns.
+        Raises OSError, then the old one is there."""
+        import json
+        text = json.dumps({'for': self.key, 'tokens': tokens._asdict()},
+                          indent=1)
+        Spool.make_folder(self.folder)
+        self._remove(self.new)
+        try:
+            with open(os.open(self.new, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                              | os.O_NOFOLLOW, 0o600), 'wb') as file:
+                file.write(text.encode())
+                file.flush()
+                os.fsync(file.fileno())
+            os.rename(self.new, self.path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self._remove(self.new)
+            raise
+        self._sync()
+        return self.mark()
+
+    def note(self, case, why):
+        """Leaves word that a person is needed in this case (str)."""
+        import json
+        with contextlib.suppress(OSError):      # the log says it, too
+            self._remove(self.needed)
+            with open(os.open(self.needed, os.O_WRONLY | os.O_CREAT | os.O_EXCL
+                              | os.O_NOFOLLOW, 0o600), 'wb') as file:
+                file.write(json.dumps({'case': case, 'why': why}).encode())
+
+    def noted(self, case):
+        """Why a person is needed in this case; '' if that is not so."""
+        try:
+            with open(os.open(self.needed, os.O_RDONLY | os.O_NOFOLLOW
+                              | os.O_NONBLOCK), 'rb') as file:
+                found = parsed(file.read(ANSWER_SIZE))
+        except OSError:
+            return ''
+        return smtps.plain(str(found.get('why', ''))) if (
+            found.get('case') == case) else ''
+
+    def remove(self):
+        """Raises OSError."""
+        for path in self.path, self.new, self.needed:
+            self._remove(path)
+        if os.path.isdir(self.folder):
+            self._sync()
+
+    @staticmethod
+    def _remove(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+
+    def _sync(self):
+        try:
+            sync_folder(self.folder)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise                   # those can't sync folders (CIFS)
+
+    @contextlib.contextmanager
+    def locked(self):
+        """Inside it no other process changes the file. Raises
+        TokenServerAway if one holds the lock for too long."""
+        lock = self._take_lock()
+        try:
+            yield
+        finally:
+            if lock is not None:
+                os.close(lock)
+
+    def _take_lock(self):
+        import fcntl
+        lock, end = None, time.monotonic() + LOCK_TIME
+        try:
+            Spool.make_folder(self.folder)
+            lock = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW,
+                           0o600)
+            while not self._got(fcntl, lock):
+                if time.monotonic() > end:
+                    os.close(lock)
+                    raise TokenServerAway(
+                        'another process renews the sign-in %s and does not '
+                        'end' % self.path)
+                time.sleep(0.02)
+        except OSError as error:
+            if lock is not None:
+                os.close(lock)
+            self._go_without(error)
+            return None
+        return lock
+
+    @staticmethod
+    def _got(fcntl, lock):
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+
+    def _go_without(self, error):
+        if self.folder not in self.complained:
+            self.complained.add(self.folder)
+            log.warning('%s: sign-ins are renewed without a lock: %s; do not '
+                        'run two programs on it', self.folder, error)
+
+
+class State(NamedTuple):
+    """Of a sign-in. name: 'signed in', 'not signed in', 'away' (no token for
+    now) or 'needed' (a person is); text: for the owner."""
+    name: str
+    text: str
+
+
+class Grant:
+    """One sign-in: whoever needs a token for an account asks here. All
+    accounts that agree in Account.grant share one.
+
+    Any thread may ask. The one that has the lock renewing talks to the token
+    server, the others wait and take what it got, token or failure; the lock
+    guards all names with an underscore. state() and retry() take no part in
+    that: they read, or set, one name in one step. Other processes are kept
+    out by the lock file; what they stored is read before anything is asked.
+
+    Nothing here deletes a sign-in but forget()."""
+
+    def __init__(self, folder, section, account, clock=time.monotonic,
+                 wall=time.time):
+        self.section, self.account = section, account
+        self.clock, self.wall = clock, wall
+        self.file = TokenFile(folder, account.grant)
+        self.renewing = threading.Lock()
+        self._tokens, self._problem = None, ''
+        self._mark = ''             # of the file as we know it; '': unknown
+        self._came = self._away_at = float('-inf')  # clock(): access token
+        self._known = clock()       # since when _tokens are in memory
+        self._until = None          # clock() when it ends, if we fetched it
+        self._unsaved = False       # the disk has refused _tokens
+        self._dead = ''             # why a person is needed
+        self._said = 0              # clock() when that was logged
+        self._away = None           # the last TokenServerAway, came _away_at
+        self._away_until = 0
+        self._idle_at = 0           # no idle renewal before
+
+    # For those who need a token.
+
+    def access_token(self, refused=None):
+        """A token to log in with. refused: the one that the server has just
+        refused; then another one, renewed unless somebody did already. Raises
+        TokenServerAway or SignInNeeded."""
+        asked = self.clock()
+        with self.renewing:
+            self._look()
+            if self._dead:
+                raise self._needed()
+            if not self._is_good(refused, asked):
+                self._spare_the_server(asked)
+                self._renew(refused, asked)
+            return self._tokens.access
+
+    def retry(self):
+        """The owner wants another try: of a dead sign-in as well."""
+        self._dead = ''
+        self._away_until = 0
+
+    def state(self):
+        """The State of it."""
+        if self.renewing.acquire(blocking=False):
+            try:
+                self._look()
+            finally:
+                self.renewing.release()
+        tokens = self._tokens
+        dead = self._dead or self.file.noted(self._case())
+        if not tokens and self.account.oauthflow != 'app':
+            return State('not signed in', '%s: %s' % (
+                self._problem or 'not signed in', self.command))
+        if dead:
+            return State('needed', '%s: %s' % (dead, self.command))
+        if self._away:
+            return State('away', str(self._away))
+        if not tokens:
+            return State('signed in', self._problem
+                         or 'the app signs in by itself when needed')
+        return State('signed in', 'signed in since %s, renewed %s' % (
+            shown(tokens.signed_in), shown(tokens.renewed)))
+
+    @property
+    def command(self):
+        """What the owner has to type."""
+        import shlex
+        return '--login ' + shlex.quote(self.section)
+
+    def is_dead(self):
+        """Has a person to sign in before there is a token?"""
+        return bool(self._dead)
+
+    # For the relay's round.
+
+    def renew_if_idle(self):
+        """Sees a new file, stores what the disk has refused, renews what was
+        not used for a week, reminds the owner daily. Returns at once: what
+        takes time is done by a thread."""
+        if not self.renewing.acquire(blocking=False):
+            return                      # it is at work
+        try:
+            self._look()
+            now = self.clock()
+            if self._dead and self._said and now - self._said >= DAY:
+                self._log_dead()
+            due = self._unsaved or self._is_idle() and now >= self._idle_at
+        finally:
+            self.renewing.release()
+        if due:
+            with contextlib.suppress(RuntimeError):     # next time, then
+                threading.Thread(target=self._catch_up, daemon=True,
+                                 name='sign-in-' + self.section).start()
+
+    def _catch_up(self):
+        with self.renewing:
+            try:
+                if self._unsaved:
+                    with self.file.locked():
+                        if not self._look():
+                            self._save(self._tokens)
+                if self._is_idle() and not self._dead:
+                    self._idle_at = self.clock() + IDLE_RETRY
+                    self._renew(None, self.clock())
+            except TokenServerAway as away:
+                log.warning('sign-in of [%s]: not renewed: %s; next try in '
+                            '%d seconds', self.section, away, IDLE_RETRY)
+            except SignInNeeded:
+                pass                    # the log says so
+
+    def _is_idle(self):
+        """Has it not been used for a week? By either clock."""
+        if not self._tokens or not self._tokens.refresh:
+            return False
+        now, idle = self.wall(), self.clock() - self._known
+        if CLOCK_IS_SET <= self._tokens.renewed:
+            idle = max(idle, now - self._tokens.renewed)
+        return idle >= IDLE_TIME
+
+    # For --login and --logout.
+
+    def store(self, answer):
+        """Keeps what a person's sign-in brought. Raises OSError, then the old
+        one is there as before, or TokenServerAway (the lock)."""
+        with self.renewing, self.file.locked():
+            self._tokens = Tokens.of(answer, None, self.wall())
+            self._mark = self.file.write(self._tokens)
+            self._count_from_now(answer)
+
+    def forget(self):
+        """Returns whether there was one. Raises OSError, TokenServerAway."""
+        if not os.path.isdir(self.file.folder):
+            return False
+        with self.renewing, self.file.locked():
+            there = self.file.mark() is not None
+            self.file.remove()
+            return there
+
+    # With the lock.
+
+    def _look(self):
+        """Reads the file if it is not what we know; returns whether. That
+        brings a dead sign-in back to life."""
+        mark, problem = None, ''
+        try:
+            mark = self.file.mark()
+        except OSError as error:
+            if self._tokens:
+                return False            # a disk is away: not the sign-in
+            if not isinstance(error, FileNotFoundError):
+                problem = '%s cannot be read: %s' % (
+                    self.file.folder, error.strerror)
+        if mark == self._mark:
+            return False
+        had, self._tokens = self._tokens, None
+        self._mark, self._problem = mark, problem
+        if had and not mark:
+            log.warning('sign-in of [%s]: it is gone: %s', self.section,
+                        self.command)
+        try:
+            self._tokens = self.file.read() if mark else None
+        except (OSError, ValueError) as error:
+            self._problem = '%s cannot be read: %s' % (
+                self.file.path, getattr(error, 'strerror', None) or error)
+        self._until, self._unsaved, self._known = None, False, self.clock()
+        self._away = None
+        self.retry()
+        return True
+
+    def _is_good(self, refused, asked):
+        """May the token be used that we have? One that has come since asked
+        may, however short its life is."""
+        if not self._tokens or self._tokens.access in ('', refused):
+            return False
+        need = MARGIN if refused is None else 1
+        return self._came >= asked or self._left() >= need
+
+    def _left(self):
+        """Seconds that the token is good, by both clocks."""
+        tokens, now, left = self._tokens, self.wall(), []
+        if CLOCK_IS_SET <= tokens.renewed <= now:
+            left.append(tokens.expires - now)
+        if self._until is not None:
+            left.append(self._until - self.clock())
+        return min(left, default=0)
+
+    def _spare_the_server(self, asked):
+        """Who waited for a failure has it, too."""
+        if self._away and (self._away_at >= asked
+                           or self.clock() < self._away_until):
+            away = TokenServerAway(str(self._away))
+            away.absent = self._away.absent
+            away.wait = max(0, self._away_until - self.clock())
+            raise away
+
+    def _renew(self, refused, asked):
+        try:
+            with self.file.locked():
+                if self._look():        # another process was faster
+                    self._came = self.clock()
+                    if self._is_good(refused, asked):
+                        return
+                self._fetch(refused, asked)
+        except TokenServerAway as away:
+            self._away, self._away_at = away, self.clock()
+            self._away_until = self.clock() + away.wait
+            raise
+
+    def _fetch(self, refused, asked):
+        """One request."""
+        tokens, account = self._tokens, self.account
+        if account.oauthflow == 'app':
+            form = app_form(account)
+        elif tokens and tokens.refresh:
+            form = client_form(
+                account, grant_type='refresh_token',
+                scope=scope_to_renew(account, tokens.scope),
+                refresh_token=tokens.refresh)
+        else:
+            self._die(self._problem or (
+                'it came without a refresh token and has run out'
+                if tokens else 'not signed in'))
+        try:
+            answer = ask_token_server(account, account.oauthtokenurl, form)
+        except TokenDenied as denied:
+            if self._look():            # no lock: another one was faster
+                self._came = self.clock()
+                if not self._is_good(refused, asked):
+                    self._fetch(refused, asked)
+                return
+            self._die(self._why(denied))
+        self._count_from_now(answer)
+        self._save(Tokens.of(answer, tokens, self.wall()))
+        log.info('sign-in of [%s]: renewed, good for %d seconds',
+                 self.section, self._until - self.clock())
+
+    def _count_from_now(self, answer):
+        now = self.clock()
+        self._came, self._known = now, now
+        self._until = now + seconds_in(answer.get('expires_in'), 3600)
+        self._away = None
+
+    def _save(self, tokens):
+        """On disk before anybody uses it; if that can't be, in memory."""
+        again, self._tokens = tokens is self._tokens, tokens
+        if self._problem:
+            return                      # what is there is not ours
+        try:
+            self._mark, self._unsaved = self.file.write(tokens), False
+        except OSError as error:
+            if not again:
+                log.error('sign-in of [%s]: the new one cannot be stored in '
+                          '%s: %s; it is kept in memory until it can. If the '
+                          'program ends before that: %s', self.section,
+                          self.file.path, error.strerror, self.command)
+            self._unsaved = True
+
+    def _why(self, denied):
+        """A denial for the owner, with the trap that is known."""
+        age = self.wall() - self._tokens.signed_in if self._tokens else 0
+        if self.account.oauth == 'google' and 6.5 <= age / DAY <= 7.5:
+            return ('%s; after seven days: is the app still in Testing? '
+                    'publish it (In production)' % denied)
+        return str(denied)
+
+    def _die(self, why):
+        """No more requests until the file changes, or retry()."""
+        self._dead = why
+        self.file.note(self._case(), why)
+        self._log_dead()
+        raise self._needed()
+
+    def _case(self):
+        """What a note is about: this file, and these keys of the ini."""
+        return '%s %08x' % (self._mark, zlib.crc32(
+            repr(tuple(self.account)).encode()))
+
+    def _log_dead(self):
+        self._said = self.clock()
+        log.error('sign-in of [%s]: a person is needed: %s; its mail waits. '
+                  'To sign in: %s', self.section, self._dead, self.command)
+
+    def _needed(self):
+        needed = SignInNeeded('no sign-in for [%s]: %s: %s' % (
+            self.section, self._dead, self.command))
+        needed.reason = self._dead
+        return needed
+
+
+class Grants:
+    """All sign-ins of an ini. They outlive a reload, since one may be in
+    memory only."""
+
+    def __init__(self, settings, clock=time.monotonic, wall=time.time):
+        self.clocks, self._all = (clock, wall), {}
+        self.reload(settings)
+
+    def reload(self, settings):
+        """New settings; dead sign-ins are tried again."""
+        for key, section in settings.grants.items():
+            account = settings.accounts[section]
+            folder, known = settings.config.tokendir, self._all.get(key)
+            if known is None or known.file.folder != folder:
+                known = self._all[key] = Grant(folder, section, account,
+                                               *self.clocks)
+            known.section, known.account = section, account
+            known.retry()
+        self._present = list(settings.grants)
+
+    def of(self, account):
+        """The Grant of an account with oauth."""
+        return self._all[account.grant]
+
+    def __iter__(self):
+        return (self._all[key] for key in self._present)
+
+    def needed(self):
+        """{Account.grant: (section, what has to be done)} of those that need
+        a person."""
+        found = {}
+        for grant in self:
+            state = grant.state()
+            if state.name in ('not signed in', 'needed'):
+                found[grant.account.grant] = grant.section, state.text
+        return found
+
+    def renew_idle(self):
+        """For the relay's round."""
+        for grant in self:
+            grant.renew_if_idle()
+
+    def finish(self, seconds):
+        """Waits until no renewal is under way: its answer is to be stored."""
+        end = time.monotonic() + seconds
+        for grant in self:
+            if grant.renewing.acquire(timeout=max(
+                    0, end - time.monotonic())):
+                grant.renewing.release()
+
+
+def shown(second):
+    """A time of the box's clock."""
+    return time.strftime('%Y-%m-%d %H:%M', time.localtime(second))
+
+
+# How a person signs in. Each flow returns the token server's answer, and
+# raises TokenServerAway, or TokenDenied with the provider's reason.
+
+PROGRESS = 30               # seconds between two lines while we wait
+BROWSER_TIME = 900          # seconds to sign in there
+POLL_TIME = 5               # seconds; RFC 8628 3.5
+SLOWEST_POLL = 60
+PAGE = ('<!DOCTYPE html><meta charset="utf-8"><title>smtpproxy</title>'
+        '<p>%s</p>\n')
+
+
+class Countdown:
+    """Says now and then what we wait for, and how long still."""
+
+    def __init__(self, what, seconds, clock=time.monotonic):
+        self.what, self.clock = what, clock
+        self.end, self.next = clock() + seconds, clock()
+
+    def left(self):
+        """Seconds."""
+        left = self.end - self.clock()
+        if left > 0 and self.clock() >= self.next:
+            self.next = self.clock() + PROGRESS
+            tell('%s, %d:%02d minutes left (Ctrl-C gives up)' % (
+                (self.what,) + divmod(int(left), 60)))
+        return left
+
+
+def app_form(account):
+    return client_form(account, grant_type='client_credentials',
+                       scope=account.oauthscope)
+
+
+def sign_in_by_app(account):
+    """Client credentials: nobody needs to do anything."""
+    return ask_token_server(account, account.oauthtokenurl, app_form(account))
+
+
+def sign_in_by_device(account, clock=time.monotonic, pause=time.sleep):
+    """RFC 8628: a code is typed in any browser of the world."""
+    start = ask_token_server(account, account.oauthdeviceurl, client_form(
+        account, scope=account.oauthscope, login_hint=account.smtpusername),
+        'device_code')
+    tell('Open in any browser:   %s' % (start.get('verification_uri')
+                                        or start.get('verification_url')))
+    tell('and type the code:     %s' % start.get('user_code'))
+    form = client_form(
+        account, device_code=start['device_code'],
+        grant_type='urn:ietf:params:oauth:grant-type:device_code')
+    countdown = Countdown('Waiting until you have signed in there',
+                          seconds_in(start.get('expires_in'), 900), clock)
+    interval = wait = seconds_in(start.get('interval'), POLL_TIME) or POLL_TIME
+    while countdown.left() > 0:
+        pause(wait)
+        try:
+            return ask_token_server(account, account.oauthtokenurl, form)
+        except TokenServerAway as away:
+            wait = max(interval, away.wait, min(2 * wait, SLOWEST_POLL))
+        except TokenDenied as denied:
+            if denied.error == 'slow_down':
+                interval += 5           # RFC 8628 3.5: for good
+            elif denied.error != 'authorization_pending':
+                raise
+            wait = interval
+    raise TokenDenied('expired_token')
+
+
+class BrowserLogin:
+    """The authorization code flow with PKCE (RFC 7636, 8252): a browser on
+    this box comes back to us, or the owner pastes where it ended. stdin: a
+    descriptor or None."""
+
+    def __init__(self, account, stdin=None):
+        import secrets
+        self.account, self.stdin = account, stdin
+        self.state = secrets.token_urlsafe(24)
+        self.verifier = secrets.token_urlsafe(48)
+        self.listeners, self.visits, self.typed = [], {}, b''
+
+    def run(self):
+        """The token server's answer."""
+        try:
+            self._listen()
+            for line in ('Open this address in a browser:', '',
+                         self._address(), '', 'If the browser then shows an '
+                         'error page, since it is not on this box: copy the '
+                         'address of that page and paste it here.', ''):
+                tell(line)
+            code = self._wait()
+        finally:
+            for sock in self.listeners + list(self.visits):
+                sock.close()
+        return ask_token_server(
+            self.account, self.account.oauthtokenurl, client_form(
+                self.account, grant_type='authorization_code', code=code,
+                redirect_uri=self.redirect, code_verifier=self.verifier))
+
+    def _listen(self):
+        """On loopback only. Microsoft knows this box as localhost, which may
+        be ::1 to a browser."""
+        localhost = self.account.oauth == 'microsoft'
+        try:
+            self.listeners.append(socket.create_server(
+                ('127.0.0.1', self.account.oauthport)))
+        except OSError as error:
+            raise OSError(error.errno, 'port %d of 127.0.0.1 cannot be used: '
+                          '%s; set another oauthport'
+                          % (self.account.oauthport, error.strerror))
+        port = self.listeners[0].getsockname()[1]
+        if localhost:
+            with contextlib.suppress(OSError):      # a box without IPv6
+                self.listeners.append(socket.create_server(
+                    ('::1', port), family=socket.AF_INET6))
+        self.redirect = 'http://%s:%d%s' % (
+            ('localhost', port, '') if localhost else ('127.0.0.1', port, '/'))
+
+    def _address(self):
+        import hashlib
+        from urllib.parse import urlencode
+        account = self.account
+        digest = hashlib.sha256(self.verifier.encode()).digest()
+        query = {'response_type': 'code', 'client_id': account.oauthclientid,
+                 'redirect_uri': self.redirect, 'scope': account.oauthscope,
+                 'state': self.state, 'code_challenge_method': 'S256',
+                 'code_challenge': binascii.b2a_base64(
+                     digest, newline=False).decode().translate(
+                         {ord('+'): '-', ord('/'): '_', ord('='): None}),
+                 'login_hint': account.smtpusername}
+        if account.oauth == 'google':   # else no refresh token the next time
+            query.update(access_type='offline', prompt='consent')
+        elif account.oauth == 'other' and (
+                'offline_access' in account.oauthscope.split()):
+            query['prompt'] = 'consent'     # OpenID Connect Core 11
+        url = account.oauthauthurl
+        return url + ('&' if '?' in url else '?') + urlencode(query)
+
+    def _wait(self):
+        """The authorization code."""
+        import select
+        countdown = Countdown('Waiting until you have signed in there',
+                              BROWSER_TIME)
+        code = None
+        while not code:
+            left = countdown.left()
+            if left <= 0:
+                raise TokenDenied('expired_token', 'nobody came back')
+            ends = self.listeners + list(self.visits)
+            if self.stdin is not None:
+                ends.append(self.stdin)
+            for end in select.select(ends, [], [], min(left, PROGRESS))[0]:
+                code = code or self._serve(end)
+        return code
+
+    def _serve(self, end):
+        """What came: a code, or None."""
+        if end == self.stdin:
+            return self._read_typed()
+        if end in self.listeners:
+            visit, _ = end.accept()
+            visit.settimeout(5)
+            self.visits[visit] = b''
+            return None
+        return self._read_visit(end)
+
+    def _read_typed(self):
+        data = os.read(self.stdin, 65536)
+        if not data:
+            self.stdin = None           # its end cancels nothing
+        *lines, self.typed = (self.typed + data).split(b'\n')
+        if not data:
+            lines.append(self.typed)
+        for line in lines:
+            text = line.decode('utf-8', 'replace').strip(' \t\r\'"<>')
+            if not text:
+                continue
+            query = text.partition('#')[0].rpartition('?')[2]
+            code = self._code_of(query, query.startswith('code=')
+                                 and '?' not in text)
+            if code:
+                return code
+            tell('This is not the address that belongs to this sign-in: it '
+                 'begins with %s and holds code= and state=' % self.redirect)
+        return None
+
+    def _read_visit(self, visit):
+        try:
+            data = visit.recv(65536)
+        except OSError:
+            data = b''                  # it has gone
+        self.visits[visit] += data
+        head = self.visits[visit]
+        if data and b'\r\n\r\n' not in head and len(head) <= ANSWER_SIZE:
+            return None
+        del self.visits[visit]
+        with visit:
+            return self._hear(visit, head.partition(b'\r\n')[0])
+
+    def _hear(self, visit, line):
+        """A browser asks; others too, and it for an icon."""
+        method, _, target = line.decode('latin-1').partition(' ')
+        is_ours = True
+        try:
+            code = None
+            if method == 'GET':
+                code = self._code_of(
+                    target.rpartition(' ')[0].partition('?')[2])
+            is_ours = code is not None
+            return code
+        finally:
+            with contextlib.suppress(OSError):
+                self._answer(visit, is_ours)
+
+    @staticmethod
+    def _answer(visit, is_ours):
+        page = PAGE % ('Thank you. You may close this window: it goes on '
+                       'where you called smtpproxy.' if is_ours else
+                       'Nothing here.')
+        visit.sendall(('HTTP/1.1 %s\r\nContent-Type: text/html\r\n'
+                       'Content-Length: %d\r\nCache-Control: no-store\r\n'
+                       'Connection: close\r\n\r\n%s' % (
+                           '200 OK' if is_ours else '404 Not Found',
+                           len(page), page)).encode())
+
+    def _code_of(self, query, without_state=False):
+        """The code in an address's query, None if it is not for us. Raises
+        TokenDenied if the provider said no."""
+        import hmac
+        from urllib.parse import parse_qsl
+        fields = dict(parse_qsl(query))
+        if not (without_state and 'state' not in fields
+                or hmac.compare_digest(fields.get('state', '').encode(),
+                                       self.state.encode())):
+            return None
+        if 'error' in fields:
+            raise TokenDenied(fields['error'], first_line(
+                fields.get('error_description')))
+        return fields.get('code')
+
+
+def sign_in_by_browser(account):
+    try:
+        stdin = sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):
+        stdin = None                    # there is none
+    return BrowserLogin(account, stdin).run()
+
+
+FLOWS = {'device': sign_in_by_device, 'browser': sign_in_by_browser,
+         'app': sign_in_by_app}
+
+
 # --- Sign-in: what an account asks before it takes mail ---------------------
 
 def auth_cram_md5(ask, user, password):
@@ -1838,6 +3110,69 @@ def auth_login(ask, user, password):
 # last reply, (code, text). ask: smtps.Delivery.ask. Best first.
 MECHANISMS = {'cram-md5': auth_cram_md5, 'plain': auth_plain,
               'login': auth_login}
+
+
+AUTH_LINE = 512             # octets of a command, RFC 5321 4.5.3.1.4
+
+
+def auth_xoauth2(ask, account, token):
+    """Google's own; Microsoft has no other."""
+    return present(ask, 'AUTH XOAUTH2', xoauth2(account, token), '')
+
+
+def auth_oauthbearer(ask, account, token):
+    """RFC 7628."""
+    return present(ask, 'AUTH OAUTHBEARER', oauthbearer(account, token),
+                   smtps.encoded64('\1'))
+
+
+def present(ask, command, response, apology):
+    """A token, in two steps where one line would be too long: Dovecot takes
+    no longer one. A 334 behind it is a refusal with details, which wants to
+    hear the apology before it says 535."""
+    response = smtps.encoded64(response)
+    line = command + ' ' + response
+    if len(line) + 2 <= AUTH_LINE:
+        code, text = ask(line)
+    else:
+        code, text = ask(command)
+        if code == 334:
+            code, text = ask(response)
+    if code != 334:
+        return code, text
+    try:
+        code, text = ask(apology)
+    except OSError:
+        return 535, text                # it has hung up, which says the same
+    return code if 400 <= code < 500 else 535, text
+
+
+# The same for accounts with oauth: function(ask, account, token).
+TOKEN_MECHANISMS = {'xoauth2': auth_xoauth2, 'oauthbearer': auth_oauthbearer}
+
+
+class TokenRefused(AccountUnavailable):
+    """The server does not take this token; perhaps it takes a new one."""
+
+    def __init__(self, text, token):
+        super().__init__(text)
+        self.token = token
+
+
+def token_advice(reply, account, command):
+    """What to do about a refused token. command: what signs in again."""
+    if 'smtpclientauthentication is disabled' in reply.lower():
+        return ('SMTP AUTH is switched off there, no other sign-in helps; the '
+                'administrator switches it on in Exchange Online PowerShell: '
+                'Set-CASMailbox -Identity %s -SmtpClientAuthenticationDisabled'
+                ' $false' % account.smtpusername)
+    if '5.7.139' in reply:
+        return ('a policy of the organization forbids this login, no other '
+                'sign-in helps; the administrator has to allow it for this '
+                'mailbox (Conditional Access, security defaults, a locked '
+                'account)')
+    return ('is %s the mailbox of whom signed in, and may the app send mail '
+            'for it? to sign in again: %s' % (account.smtpusername, command))
 
 
 class PopDialogue:
@@ -1901,6 +3236,22 @@ def secrets_of(account):
         for form in sorted(forms, key=len, reverse=True)) or '(?!)')
 
 
+PIECE = 12                  # characters that are no coincidence
+
+
+def without_pieces(text, secrets):
+    """text without any piece of these secrets, which are so long that a
+    server wraps and cuts what it repeats of them."""
+    def veil(match):
+        run = match[0]
+        size = min(len(run), PIECE)
+        pieces = {run[i:i + size] for i in range(len(run) - size + 1)}
+        return '***' if any(secret in run or any(
+            piece in secret for piece in pieces) for secret in secrets) \
+            else run
+    return re.sub(r'[\w.~+/-]{8,}', veil, text) if secrets else text
+
+
 def context_of(account):
     """The ssl.SSLContext for an account's servers."""
     return smtps.client_context(account.tlscafile, account.tlsverify,
@@ -1911,22 +3262,66 @@ class SignIn:
     """What one account asks before it takes mail. All connections of the
     account share it, each from a thread of its own. The lock lets one of them
     sign in by POP at a time; the time of the last login is set only under it.
+    All else is set in one step.
 
-    clock: callable() -> seconds; pause: callable(seconds)."""
+    clock: callable() -> seconds; pause: callable(seconds); grants: the Grants
+    that an account with oauth is in."""
 
-    def __init__(self, account, clock=time.monotonic, pause=time.sleep):
-        self.account = account
+    def __init__(self, account, clock=time.monotonic, pause=time.sleep,
+                 grants=None):
+        self.account, self._grants = account, grants
         self._clock, self._pause = clock, pause
         self._pop_lock = threading.Lock()
         self._pop_time = None       # of the last login
         self._secrets = secrets_of(account)
+        self._told = ()             # of tokens: what nobody may see
+        self._renewed = None        # the token that replaced a refused one,
+                                    # as long as it was not taken itself
 
     # Secrets.
 
     def redact(self, text):
-        """text without the account's passwords: some servers repeat what they
-        were told."""
-        return self._secrets.sub('***', text)
+        """text without the account's passwords and tokens: some servers
+        repeat what they were told."""
+        return without_pieces(self._secrets.sub('***', text), self._told)
+
+    def _remember(self, token):
+        """Has redact() veil a token, as long as two more take its place."""
+        account = self.account
+        forms = [token] + [smtps.encoded64(form) for form in (
+            token, xoauth2(account, token), oauthbearer(account, token))]
+        if token not in self._told:
+            self._told = tuple(forms) + self._told[:2 * len(forms)]
+
+    # OAuth2.
+
+    def token(self, refused=None):
+        """The token to log in with, None without oauth. refused: the one that
+        the server has just refused. Raises TokenServerAway, SignInNeeded."""
+        if not self.account.oauth:
+            return None
+        token = self._grant().access_token(refused)
+        self._remember(token)
+        if refused is not None:
+            self._renewed = token
+        return token
+
+    def state(self):
+        """The State of the grant."""
+        return self._grant().state()
+
+    def is_dead(self):
+        """Whether a person has to sign in before a token can be had."""
+        return bool(self.account.oauth) and self._grant().is_dead()
+
+    def retry(self):
+        """The owner wants another try, whatever we know."""
+        self._renewed = None
+        if self.account.oauth:
+            self._grant().retry()
+
+    def _grant(self):
+        return self._grants.of(self.account)    # a reload may replace it
 
     # POP before SMTP.
 
@@ -1975,14 +3370,39 @@ class SignIn:
 
     # SMTP AUTH.
 
-    def by_auth(self, delivery):
-        """One mechanism after the other until one is taken: returns its name,
-        '' if the account needs none. delivery: a smtps.Delivery behind its
-        hello(). Raises AccountUnavailable, OSError."""
+    def by_auth(self, delivery, token=None):
+        """The login, if the account has one: returns the name of the
+        mechanism that was taken, or ''. delivery: a smtps.Delivery behind its
+        hello(); token: for an account with oauth. Raises TokenRefused,
+        AccountUnavailable, OSError."""
+        if token is not None:
+            return self._by_token(delivery, token)
+        if self.account.smtpusername and self.account.smtppassword:
+            return self._by_password(delivery)
+        return ''
+
+    def _by_token(self, delivery, token):
+        """A token that was refused is worth a new one, but not one after the
+        other: providers call that a loop and close the door."""
+        account = self.account
+        name = self._mechanisms(delivery, TOKEN_MECHANISMS)[0]
+        code, text = TOKEN_MECHANISMS[name](delivery.ask, account, token)
+        if code == 235:
+            self._renewed = None
+            return name
+        reply = '%s: %d %s' % (name, code, self.redact(smtps.plain(text)))
+        why = 'login at %s as %s refused (%s)%s' % (
+            account.server, account.smtpusername, reply,
+            ': ' + token_advice(reply, account, self._grant().command)
+            if code == 535 else '')
+        if code == 535 and '5.7.139' not in reply and token != self._renewed:
+            raise TokenRefused(why, token)
+        raise AccountUnavailable(why)
+
+    def _by_password(self, delivery):
+        """One mechanism after the other until one is taken."""
         account, answers = self.account, []
-        if not (account.smtpusername and account.smtppassword):
-            return ''
-        for name in self._mechanisms(delivery):
+        for name in self._mechanisms(delivery, MECHANISMS):
             code, text = MECHANISMS[name](
                 delivery.ask, account.smtpusername, account.smtppassword)
             if code == 235:
@@ -1998,16 +3418,17 @@ class SignIn:
             'smtppassword' % (account.server, account.smtpusername,
                               '; '.join(answers)))
 
-    def _mechanisms(self, delivery):
+    def _mechanisms(self, delivery, known):
         """Names, best first. Raises AccountUnavailable."""
         if self.account.smtpauth != 'auto':
             return [self.account.smtpauth]
         offered = (delivery.offers('auth') or '').lower().split()
-        names = [name for name in MECHANISMS if name in offered]
+        names = [name for name in known if name in offered]
         if not names:
             raise AccountUnavailable(
-                '%s offers no login that we know (%s)%s' % (
-                    self.account.server, ' '.join(offered) or 'none at all',
+                '%s offers no login %s (%s)%s' % (
+                    self.account.server, 'by OAuth2' if self.account.oauth
+                    else 'that we know', ' '.join(offered) or 'none at all',
                     '; smtpsecurity=tls, perhaps?'
                     if self.account.smtpsecurity == 'none' else ''))
         return names
@@ -2064,7 +3485,8 @@ class Courier:
     sign_in is shared with the account's other couriers. watch: callable(step,
     found), told of each step there: those of smtps.unwatched, and 'POP login'
     with the user, 'waitafterpop' with the seconds, 'EHLO' with the
-    smtps.Delivery, 'login' with the name of the mechanism ('': none).
+    smtps.Delivery, 'login' with the name of the mechanism ('': none);
+    with oauth 'sign-in' with its State, 'refused' with a TokenRefused.
 
     upcoming: None, or the (Mail, Account) whose envelope is under way: it
     must be delivered next."""
@@ -2072,7 +3494,8 @@ class Courier:
     def __init__(self, account, sign_in, config, watch=smtps.unwatched):
         self.account, self.sign_in, self.config = account, sign_in, config
         self.upcoming = None
-        self._delivery, self._watch = None, watch
+        self._delivery = self._token = None
+        self._watch = watch
 
     @property
     def connected(self):
@@ -2145,15 +3568,32 @@ class Courier:
             return
         self.close()
         self.sign_in.by_pop(self.config, self._watch)
-        for stage, step in (('connect', self._open), ('EHLO', self._hello),
-                            ('STARTTLS', self._start_tls),
-                            ('login', self._log_in)):
+        try:
+            self._get_there()
+        except TokenRefused as error:   # it may have ended before its time
+            self._watch('refused', error)
+            self.close()
+            self._get_there(error.token)
+
+    def _get_there(self, refused=None):
+        """refused: a token that the server does not take any more. Raises
+        AccountUnavailable."""
+        for stage, step in (
+                ('sign-in', functools.partial(self._get_token, refused)),
+                ('connect', self._open), ('EHLO', self._hello),
+                ('STARTTLS', self._start_tls), ('login', self._log_in)):
             try:
                 step()
             except AccountUnavailable:
                 raise
             except Exception as error:
                 raise self._unavailable(stage, error) from error
+
+    def _get_token(self, refused):
+        """First of all: no server waits for another one."""
+        self._token = self.sign_in.token(refused)
+        if self._token is not None:
+            self._watch('sign-in', self.sign_in.state())
 
     def _open(self):
         account = self.account
@@ -2180,7 +3620,8 @@ class Courier:
         self._watch('EHLO', self._delivery)
 
     def _log_in(self):
-        self._watch('login', self.sign_in.by_auth(self._delivery))
+        self._watch('login', self.sign_in.by_auth(
+            self._delivery, self._token))
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""
@@ -2353,15 +3794,16 @@ class Destination(MailQueue):
     sleeps until the next mail's time comes, and ends when there is none. More
     than one connection is made only while a backlog lasts, and only after the
     first one has got through. When the account can't be used (`why` says it)
-    nothing is tried before `not_before`.
+    nothing is tried before `not_before`; that is FOREVER if a person has to
+    sign in first.
     """
 
-    def __init__(self, account, clock, deliver):
+    def __init__(self, account, clock, deliver, grants):
         """account: Account.connection; deliver: callable(Destination), the
-        life of a delivery thread."""
+        life of a delivery thread; grants: the Grants, for its SignIn."""
         super().__init__(clock)
         self.account, self.deliver = account, deliver
-        self.sign_in = SignIn(account, clock)
+        self.sign_in = SignIn(account, clock, grants=grants)
         self.not_before, self.why = 0.0, ''
         self.absent = False         # nobody was there: see AccountUnavailable
         self.failures = 0           # of the account, one after the other
@@ -2386,6 +3828,7 @@ class Destination(MailQueue):
                 if one in self.due:
                     self._schedule(one, 0.0, first=bool(id))
             self.not_before, self.absent = 0.0, False
+            self.sign_in.retry()
             self.start_threads()
             self.changed.notify_all()
 
@@ -2460,7 +3903,8 @@ class Destination(MailQueue):
 
     def _until_next(self):
         if self.not_before:
-            return max(0.0, self.not_before - self.clock())
+            return min(max(0.0, self.not_before - self.clock()),
+                       threading.TIMEOUT_MAX)
         return super()._until_next()
 
     def _wants_thread(self):
@@ -2496,6 +3940,7 @@ class Relay:
     def __init__(self, spool, settings, handlers, clock=time.monotonic):
         self.spool, self.clock = spool, clock
         self.settings, self.handlers = settings, handlers
+        self.grants = Grants(settings, clock)
         self.unrouted = MailQueue(clock)
         self.destinations = {}          # {Account.connection: Destination}
         self._dissolved = []            # not in the ini any more, but a thread
@@ -2526,6 +3971,7 @@ class Relay:
 
     def reload(self, settings, handlers):
         """New settings; all that waits is tried at once, parked or not."""
+        self.grants.reload(settings)    # first: threads ask them by settings
         self.settings, self.handlers = settings, handlers
         self._reloaded = True
         self.wake()
@@ -2546,6 +3992,7 @@ class Relay:
             self._thread.join(grace)
         left = [id for queue_ in self.queues()
                 for id in queue_.join(end - time.monotonic())]
+        self.grants.finish(end - time.monotonic())
         if left:
             log.warning('stopped during a delivery: %s; it will be tried '
                         'again', ', '.join(left))
@@ -2590,9 +4037,21 @@ class Relay:
         self.spool.bury()
         for path, id, what in self.spool.asked():
             self._serve_request(path, id, what)
+        self.grants.renew_idle()
         for destination in list(self.destinations.values()):
+            if destination.not_before == FOREVER:
+                self._look_after_sign_in(destination)
             destination.start_threads()
         self._dissolved = [one for one in self._dissolved if one.in_hand]
+
+    def _look_after_sign_in(self, destination):
+        """Of an account that waits for a person. Time goes on for its mail,
+        and a new sign-in ends the wait."""
+        self._park_expired(destination, self.settings)
+        if not destination.sign_in.is_dead():
+            log.info('%s: the sign-in has changed: %d mails are tried now',
+                     destination.account.server, len(destination.due))
+            destination.retry()
 
     def _route(self, id):
         """Gives a mail that this thread has in hand to its destination."""
@@ -2628,7 +4087,8 @@ class Relay:
         found = self.destinations.get(account.connection)
         return found or self.destinations.setdefault(
             account.connection, Destination(
-                account.connection, self.clock, self._deliver_all))
+                account.connection, self.clock, self._deliver_all,
+                self.grants))
 
     def _load(self, id, queue_, to_send=True):
         """The Mail of an id that this thread has in hand. None if it can't be
@@ -2871,6 +4331,8 @@ class Relay:
             return False
         if destination.closed and not self.unrouted.closed:
             self._let_go(mail.id, destination)
+        elif isinstance(error, SignInNeeded):
+            self._await_sign_in(destination, mail, error, settings)
         elif settings.config.deleteonerror:
             report = smtps.Report(mail.to)
             report.give_up(str(error))
@@ -2879,6 +4341,21 @@ class Relay:
         else:
             self._defer_account(destination, mail, error, settings)
         return True
+
+    def _await_sign_in(self, destination, mail, error, settings):
+        """No try before the sign-in changes or the owner asks for one, and
+        not even deleteonerror deletes what waits for that."""
+        destination.defer(FOREVER, str(error), False, 0)
+        self._park_expired(destination, settings)
+        if self.spool.is_older(mail.id, settings.config.retrydays):
+            self._park(mail, destination.why, settings)
+            destination.done(mail.id)
+            return
+        mail.problem, mail.due, mail.handled = destination.why, 0.0, True
+        self.spool.save(mail)
+        log.warning('%s: not delivered: %s; it waits for that with %d more '
+                    'mails', mail.id, mail.problem, len(destination.due))
+        self._let_go(mail.id, destination)
 
     def _defer_account(self, destination, mail, error, settings):
         """No mail of the account can go: one of them is tried now and then,
@@ -2890,6 +4367,7 @@ class Relay:
         if not error.absent:
             failures = max(failures, mail.tries) + 1
             wait = back_off(failures, settings.config)
+        wait = max(wait, error.wait)
         destination.defer(self.clock() + wait, why, error.absent, failures)
         self._park_expired(destination, settings)
         if self.spool.is_older(mail.id, settings.config.retrydays):
@@ -3117,10 +4595,9 @@ class Proxy:
         self.drop_rights()
         open_log(self.settings)
         self.found = self.open_spool()
-        for warning in self.settings.warnings:
-            log.warning('%s', warning)
         self.handlers = Handlers(self.settings)
         self.relay = Relay(self.spool, self.settings, self.handlers)
+        self.warn()
         log.info('smtpproxy %s listens on %s; accounts: %d, mails in %s: %d',
                  VERSION, self.ports(), len(self.settings.accounts),
                  config.msgdir, len(self.found))
@@ -3188,6 +4665,8 @@ class Proxy:
             os.close(os.open(
                 file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         try:
+            if self.settings.grants:
+                hand_over_tokens(self.settings.config.tokendir, owner)
             os.makedirs(folder, 0o700, exist_ok=True)
             hand_over(folder, '.*', owner)
             hand_over(os.path.dirname(file), re.escape(
@@ -3242,11 +4721,17 @@ class Proxy:
         self.settings, self.handlers = new, Handlers(new)
         self.server.limits = limits
         self.relay.reload(new, self.handlers)
-        for warning in new.warnings:
-            log.warning('%s', warning)
+        self.warn()
         log.info('reloaded %s: %d accounts, waiting mail is tried now%s',
                  new.file, len(new.accounts), self.hint)
         self.hint = ''
+
+    def warn(self):
+        """What is odd, or waits for a person, at a start and a reload."""
+        for warning in self.settings.warnings:
+            log.warning('%s', warning)
+        for section, text in self.relay.grants.needed().values():
+            log.warning('[%s] %s', section, text)
 
     def stop(self):
         """Within ten seconds."""
@@ -3256,6 +4741,29 @@ class Proxy:
             self.relay.stop(end - time.monotonic())
         self.spool.close()
         log.info('stopped')
+
+
+def hand_over_tokens(folder, owner):
+    """As root: the folder of sign-ins, made if need be, goes to the user who
+    needs it. owner: [uid, gid], -1 for what stays. Raises OSError."""
+    os.makedirs(folder, 0o700, exist_ok=True)
+    hand_over(folder, r'\.|.*\.(json|new|lock|needed)', owner)
+
+
+def become_owner(config):
+    """As root, for a command that may touch sign-ins: become the user who
+    needs them. Raises OSError."""
+    if os.getuid() != 0:
+        return
+    uid, gid, name = identity(config)
+    for folder in config.tokendir, config.msgdir:
+        if uid is None and os.path.isdir(folder):
+            owner = os.stat(folder)
+            uid, gid = owner.st_uid, owner.st_gid
+    if uid is None:
+        return                          # nobody has been here before
+    hand_over_tokens(config.tokendir, [uid, gid])
+    become(uid, gid, name)
 
 
 def listener_tls(config):
@@ -3294,12 +4802,25 @@ def check(settings, options):
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
         tell('handler %s is enabled' % name)
-    for line in settings.warnings + handlers.problems:
+    for line in settings.warnings + handlers.problems + show_grants(
+            settings):
         tell('warning: ' + line)
     for line in problems:
         say(line)
     tell('this would start' if not problems else 'this would not start')
     return 1 if problems else 0
+
+
+def show_grants(settings):
+    """Prints who is signed in; returns who is not, a list of str."""
+    warnings = []
+    for grant in Grants(settings):
+        state = grant.state()
+        if state.name == 'signed in':
+            tell('[%s] %s' % (grant.section, state.text))
+        else:
+            warnings.append('[%s] %s' % (grant.section, state.text))
+    return warnings
 
 
 def mails(spool):
@@ -3320,24 +4841,34 @@ def show_queue(settings, options):
         import json
         print(json.dumps(rows, indent=1))   # ASCII, all else is escaped
         return 0
+    needed = Grants(settings).needed()
+    waiting = collections.Counter()     # mails, by what they have to wait for
     line = '%-14s %9s %10s %5s  %-19s  %s'
     tell(line % ('id', 'age', 'size', 'tries', 'next try',
                  'sender -> recipients: last error'))
     for row in rows:
+        account = settings.account_for(row['sender'])
+        grant = account and account.grant
+        waiting[grant] += 1
         tell(line % (row['id'], age_of(row['age']), row['size'],
-                     row['tries'], next_try(row, settings),
+                     row['tries'], next_try(row, settings, grant in needed),
                      '<%s> -> %s%s' % (row['sender'], listed(
                          row['recipients']), row['error'] and (
                              ': ' + row['error']))))
     tell('%d mails' % len(rows))
+    for grant, (section, text) in needed.items():
+        tell('%d of them wait for the sign-in of [%s]: %s' % (
+            waiting[grant], section, text))
     return 0
 
 
-def next_try(row, settings):
+def next_try(row, settings, needs_sign_in):
     """When a mail is tried again, for people. Where nobody was there at all
     that is each sleeptime, and no time of its own is stored."""
     if row['parked']:
         return 'parked'
+    if needs_sign_in:
+        return 'after --login'
     return row['next'] or ('each %d s' % settings.config.sleeptime
                            if row['tries'] else 'soon')
 
@@ -3433,6 +4964,116 @@ def ask_service(spool, id, what, sleeptime):
     return 0
 
 
+def login(settings, options):
+    """--login ADDRESS: signs in by OAuth2. What was there stays until the new
+    sign-in is stored."""
+    grant = grant_of(settings, options.login)
+    if grant is None:
+        return 1
+    account, folder = grant.account, grant.file.folder
+    try:
+        Spool.make_folder(folder)
+    except OSError:
+        pass                            # said in the next line
+    if not os.access(folder, os.W_OK | os.X_OK):
+        say('%s cannot be written by user %d: run this as root, or as the '
+            'user of the service' % (folder, os.getuid()))
+        return 1
+    tell('Signing in at %s as %s.' % (
+        account.oauth if account.oauth != 'other' else
+        account.oauthtokenurl, account.smtpusername))
+    try:
+        answer = FLOWS[account.oauthflow](account)
+        grant.store(answer)
+    except (TokenServerAway, TokenDenied) as error:
+        say('not signed in: %s; what was stored before is as it was' % error)
+        return 1
+    tell_stored(settings, grant, answer)
+    tell('Trying it at %s:' % account.server)
+    taken = trial(settings, account)
+    if taken:
+        tell('%s takes this sign-in for %s.' % (account.server,
+                                                account.smtpusername))
+    retry_mails_of(settings, account)
+    return 0 if taken else 1
+
+
+def grant_of(settings, address):
+    """The Grant of a sender or section, as the user who owns it; None after
+    a line that says why there is none."""
+    section = settings.section_for(address)
+    if section is None:
+        say('there is no account for %s in %s' % (address, settings.file))
+        return None
+    account = settings.accounts[section]
+    if not account.oauth:
+        say('[%s] has no oauth: it needs no sign-in' % section)
+        return None
+    become_owner(settings.config)
+    return Grants(settings).of(account)
+
+
+def tell_stored(settings, grant, answer):
+    account = grant.account
+    tell('Signed in; stored as %s.' % grant.file.path)
+    tell('Mail of these sections goes out by it: ' + ', '.join(
+        name for name, other in settings.accounts.items()
+        if other.grant == account.grant))
+    if account.oauthflow != 'app' and not is_token(
+            answer.get('refresh_token')):
+        tell('warning: it came without a refresh token and ends soon: '
+              'oauthscope may lack offline_access')
+    granted = answer.get('scope')
+    wanted = set(account.oauthscope.lower().split()) - {
+        'offline_access', 'openid', 'profile', 'email'}
+    if isinstance(granted, str) and wanted - set(granted.lower().split()):
+        tell('warning: not all that was asked for was granted: %s'
+              % smtps.plain(granted))
+    if account.oauth == 'google':
+        tell('If the app is still in "Testing" at Google, this ends after '
+              'seven days: publish it ("In production").')
+
+
+def retry_mails_of(settings, account):
+    """Has the waiting mail tried that goes out by this sign-in, parked mail
+    too; by the service if it runs."""
+    spool = Spool(settings.config.msgdir)
+    found = [mail for mail in mails(spool) if (settings.account_for(
+        mail.frm) or Account()).grant == account.grant]
+    if not found:
+        return
+    try:
+        spool.open(patience=0)
+    except Busy:
+        for mail in found:
+            spool.ask(mail.id, 'retry')
+        tell('The service is asked to try what waits: %d mails' % len(found))
+        return
+    for mail in found:
+        if mail.parked:
+            mail.parked = False
+            spool.save(mail)
+    spool.close()
+    tell('The service does not run; when it starts it tries %d mails'
+          % len(found))
+
+
+def logout(settings, options):
+    """--logout ADDRESS: forgets a sign-in."""
+    grant = grant_of(settings, options.logout)
+    if grant is None:
+        return 1
+    try:
+        there = grant.forget()
+    except TokenServerAway as error:
+        say(str(error))
+        return 1
+    tell('%s. The provider still knows it: you can withdraw it there, too.'
+          % ('forgotten: ' + grant.file.path) if there else
+          'there is no sign-in for [%s]' % grant.section)
+    return 0
+
+
 def show(settings, options):
     """--show ID: the mail as it would be sent."""
     for mail in mails(command_spool(settings)):
@@ -3510,6 +5151,8 @@ def test(settings, options):
     """--test [SENDER [RECIPIENT]]: the way that mail would go."""
     log_to_stdout(logging.INFO if settings.config.debuglevel
                   else logging.WARNING)
+    if settings.grants:
+        become_owner(settings.config)
     if not options.test:
         return test_all(settings)
     if options.test[2:] or options.test[1:] and not all(
@@ -3601,7 +5244,8 @@ class Trial:
     tell: callable(str); clock: callable() -> seconds."""
 
     def __init__(self, settings, account, tell=tell, clock=time.monotonic):
-        self._account, self._sign_in = account, SignIn(account)
+        self._account = account
+        self._sign_in = SignIn(account, grants=Grants(settings))
         self._courier = Courier(account, self._sign_in, settings.config,
                                 self._show)
         self._tell, self._clock, self._since = tell, clock, clock()
@@ -3683,6 +5327,8 @@ SHOWN = {
     'POP login': 'taken as {}'.format,
     'waitafterpop': '{} s'.format,
     'EHLO': shown_offers,
+    'sign-in': lambda state: state.text,
+    'refused': '{}; another token is asked for'.format,
     'login': lambda how: 'taken by ' + how if how else (
         'none, there is no smtpusername'),
 }
@@ -3824,6 +5470,8 @@ def parse(arguments):
     add('--demo', action='store_true', help='the whole trip of a mail, here')
     add('--test', nargs='*', metavar=('SENDER', 'RECIPIENT'),
         help='go the way that mail would go')
+    add('--login', metavar='ADDRESS', help='sign in by OAuth2')
+    add('--logout', metavar='ADDRESS', help='forget a sign-in')
     add('--queue', action='store_true', help='what waits in msgs/')
     add('--retry', metavar='ID', help='try a mail, or all, now')
     add('--delete', metavar='ID', help='remove a mail')
@@ -3835,7 +5483,8 @@ def parse(arguments):
 
 
 COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
-            'show': show, 'handler_test': handler_test, 'test': test}
+            'show': show, 'handler_test': handler_test, 'login': login,
+            'logout': logout, 'test': test}
 
 
 class Signals:

@@ -215,7 +215,7 @@ class Refusals(ProgramCase):
         process = self.begin('--version')
 
         self.assertEqual(0, self.end(process))
-        self.assertEqual('smtpproxy 2.0.0\n', self.output())
+        self.assertEqual('smtpproxy 2.1.0\n', self.output())
 
 
 class Service(ProgramCase):

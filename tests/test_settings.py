@@ -291,7 +291,7 @@ class Mistakes(SettingsCase):
         ('default', 'popport=65536', '65535'),
         ('default', 'smtpconnections=101', 'from 1 to 100'),
         ('default', 'smtpsecurity=starttls', 'none, tls, ssl'),
-        ('default', 'smtpauth=xoauth2', 'cram-md5'),
+        ('default', 'smtpauth=ntlm', 'cram-md5'),
         ('default', 'replyto=me', 'mail address'),
         ('default', 'forcefrom=a@b <c', 'mail address'),
         ('default', 'localhostname=my box', 'blanks'),
@@ -353,6 +353,129 @@ class Mistakes(SettingsCase):
         mistakes = self.mistakes('[a@b]\nsmtphost=mx\nsmtppassword=hu\1sh\n')
 
         self.assertNotIn('hu', mistakes[0].partition('smtppassword')[2])
+
+
+ME = 'oauth=microsoft\noauthclientid=id\nsmtpusername=me@example.org\n'
+OTHER = ('oauth=other\noauthclientid=id\nsmtpusername=me@example.org\n'
+         'smtphost=mx.example.org\nsmtpsecurity=tls\noauthscope=mail\n'
+         'oauthtokenurl=https://login.example.org/token\n')
+URL = 'https://login.microsoftonline.com/common/oauth2/v2.0/'
+
+
+class OAuth(SettingsCase):
+
+    def test_four_lines_are_an_account_at_microsoft(self):
+        account = self.account(ME)
+
+        for key, value in {
+                'smtphost': 'smtp.office365.com', 'smtpport': 587,
+                'smtpsecurity': 'tls', 'smtpconnections': 2,
+                'oauthflow': 'device', 'oauthtokenurl': URL + 'token',
+                'oauthdeviceurl': URL + 'devicecode',
+                'oauthauthurl': URL + 'authorize', 'oauthscope':
+                'https://outlook.office.com/SMTP.Send offline_access'}.items():
+            with self.subTest(key):
+                self.assertEqual(value, getattr(account, key))
+
+    def test_four_lines_are_an_account_at_google(self):
+        account = self.account(ME.replace('microsoft', 'Google'))
+
+        self.assertEqual(('smtp.gmail.com', 587, 'tls', 'browser',
+                          'https://mail.google.com/'), (
+            account.smtphost, account.smtpport, account.smtpsecurity,
+            account.oauthflow, account.oauthscope))
+
+    def test_what_the_owner_sets_stays(self):
+        account = self.account(
+            ME + 'smtphost=mx\nsmtpsecurity=ssl\nsmtpconnections=1\n'
+            'oauthscope=x y\noauthtenant=example.org\noauthauthurl=https://a/b'
+            '\noauthflow=browser\nsmtpauth=oauthbearer\n')
+
+        self.assertEqual(('mx', 465, 1, 'x y', 'https://a/b', 'browser'), (
+            account.smtphost, account.smtpport, account.smtpconnections,
+            account.oauthscope, account.oauthauthurl, account.oauthflow))
+        self.assertIn('/example.org/', account.oauthtokenurl)
+
+    def test_an_app_asks_for_what_it_may_have(self):
+        account = self.account(ME + 'oauthflow=app\noauthclientsecret=x\n'
+                               'oauthtenant=example.org\n')
+
+        self.assertEqual('https://outlook.office365.com/.default',
+                         account.oauthscope)
+
+    def test_another_provider_has_the_flow_that_it_has_an_address_for(self):
+        device = self.account(OTHER + 'oauthdeviceurl=https://a/d\n')
+        browser = self.account(OTHER + 'oauthauthurl=http://127.0.0.1:1/a\n')
+
+        self.assertEqual(('device', 'browser'),
+                         (device.oauthflow, browser.oauthflow))
+
+    def test_each_mistake_is_named(self):
+        for text, *words in (
+                (ME + 'smtppassword=hush', 'smtppassword', 'exclude'),
+                (ME.replace('smtpusername', '#'), 'smtpusername', 'missing'),
+                (ME.replace('oauthclientid', '#'), 'oauthclientid', 'missing'),
+                (ME.replace('microsoft', 'gogle'), 'oauth =', 'google'),
+                (ME + 'oauthtokenurl=http://a/b', 'oauthtokenurl', 'https'),
+                (ME + 'oauthauthurl=a/b', 'oauthauthurl', 'https'),
+                (ME + 'oauthtokenurl=https://a:x/', 'oauthtokenurl', 'https'),
+                (ME + 'oauthtokenurl=https://u:p@a/', 'oauthtokenurl'),
+                (ME + 'smtpsecurity=none', 'smtpsecurity', 'tls or ssl'),
+                (ME + 'oauthflow=app\noauthtenant=me.org',
+                 'oauthclientsecret', 'missing'),
+                (ME + 'oauthflow=app\noauthclientsecret=x', 'oauthtenant'),
+                (ME + 'oauthtenant=a/b', 'oauthtenant = a/b'),
+                (ME + 'oauthflow=code', 'oauthflow', 'device'),
+                (ME + 'smtpauth=plain', 'smtpauth', 'xoauth2'),
+                (ME + 'oauthport=70000', 'oauthport', '65535'),
+                (ME.replace('microsoft', 'google') + 'oauthflow=app\n'
+                 'oauthclientsecret=x', 'oauthflow', 'browser'),
+                (OTHER.replace('oauthtokenurl', '#')
+                 + 'oauthauthurl=https://a/b', 'oauthtokenurl', 'missing'),
+                (OTHER.replace('oauthscope', '#') + 'oauthauthurl=https://a/b',
+                 'oauthscope', 'missing'),
+                (OTHER, 'oauthauthurl', 'missing'),
+                (OTHER + 'oauthflow=device', 'oauthdeviceurl', 'missing'),
+                ('smtphost=mx\noauthclientid=x', 'oauthclientid', 'oauth='),
+                ('smtphost=mx\nsmtpauth=xoauth2', 'smtpauth', 'oauth=')):
+            with self.subTest(text):
+                self.assertMistake('[a@b]\n%s\n' % text, '[a@b]', *words)
+
+    def test_plain_text_is_fine_as_long_as_it_stays_on_the_box(self):
+        for host in '127.0.0.1', 'localhost', '::1':
+            account = self.account(ME + 'smtpsecurity=none\nsmtphost=' + host)
+
+            self.assertEqual('none', account.smtpsecurity)
+
+    def test_sections_with_one_sign_in_must_agree(self):
+        for key in ('oauthscope=x', 'oauthflow=browser',
+                    'oauthtenant=example.org', 'oauthclientsecret=hush'):
+            with self.subTest(key):
+                self.assertMistake(
+                    '[a@b]\n%s[c@d]\n%s%s\n' % (ME, ME.upper().replace(
+                        '=ID', '=id'), key), '[c@d]', key.partition('=')[0],
+                    '[a@b]')
+
+    def test_one_sign_in_is_known_by_the_section_that_holds_its_keys(self):
+        settings = self.load('[x@y]\nuse=A@b\n[A@b]\n%s[c@d]\n%s[e@f]\n%s' % (
+            ME, ME + 'replyto=a@b\n', ME.replace('=id', '=another')))
+
+        self.assertEqual(['a@b', 'e@f'], list(settings.grants.values()))
+        self.assertEqual('a@b', settings.grants[
+            settings.accounts['x@y'].grant])
+
+    def test_a_secret_is_masked_like_a_password(self):
+        account = self.account(ME + 'oauthclientsecret=hush\n')
+        mistakes = self.mistakes('[a@b]\n%soauthclientsecret=hu\1sh\n' % ME)
+
+        self.assertNotIn('hush', repr(account))
+        self.assertNotIn('sh', mistakes[0].partition('secret')[2][:20])
+
+    def test_sign_ins_are_kept_beside_the_ini_in_a_folder_of_their_own(self):
+        self.assertEqual(self.path('tokens'),
+                         self.load('[config]\n').config.tokendir)
+        self.assertMistake('[config]\nmsgdir=m\ntokendir=m\n', 'tokendir')
+        self.assertMistake('[config]\ntokendir=.\n', 'tokendir')
 
 
 class Warnings(SettingsCase):
