@@ -5321,7 +5321,7 @@ def shown_offers(delivery):
 # What a Courier tells of its way -> how that is shown.
 SHOWN = {
     'name': shown_name,
-    'connect': lambda sock: '%s port %d' % sock.getpeername()[:2],
+    'connect': lambda where: '%s port %d' % where,
     'TLS': shown_tls,
     'greeting': str,
     'POP login': 'taken as {}'.format,

@@ -1220,8 +1220,8 @@ NOT_ASKED = 503, 'not asked for'
 def unwatched(step, found):
     """What is done on the way to a server is told to such a callable. step:
     str; found: 'name', the name and the list of its addresses (str);
-    'connect', the socket; 'TLS', the socket that is secure now; 'greeting',
-    its text (str)."""
+    'connect', the address and port that took the connection; 'TLS', the
+    socket that is secure now; 'greeting', its text (str)."""
 
 
 def connect(host, port, seconds, tls=None, watch=unwatched):
@@ -1245,7 +1245,7 @@ def connect(host, port, seconds, tls=None, watch=unwatched):
         except OSError as error:
             trouble = error
             continue
-        watch('connect', sock)
+        watch('connect', where[:2])
         sock.settimeout(seconds)
         return secured(sock, host, tls, watch) if tls else sock
     raise trouble

@@ -172,6 +172,7 @@ class GettingThere(DeliveryCase):
 
                 self.assertEqual(steps, list(told))
                 self.assertEqual(('127.0.0.1', ['127.0.0.1']), told['name'])
+                self.assertEqual(self.server.address, told['connect'])
                 self.assertEqual('fake ESMTP', told['greeting'])
 
     def found(self, *addresses):
