@@ -146,7 +146,11 @@ class Session:
 
     auth, flush, seal and commit may block; all else must not, since all
     clients wait for it. A session's hooks run one by one, those of different
-    sessions at the same time."""
+    sessions at the same time.
+
+    mechanisms: what AUTH offers; XOAUTH2 is known as well."""
+
+    mechanisms = 'LOGIN', 'PLAIN'
 
     def __init__(self, client):
         self.client = client
@@ -155,7 +159,8 @@ class Session:
         """The client said HELO or EHLO name (str)."""
 
     def auth(self, user, password):
-        """The client signs in with two str. May block."""
+        """The client signs in with two str; by XOAUTH2 the password is a
+        token. May block."""
 
     def mail(self, sender, parameters):
         """MAIL FROM; sender is a bare address or '', parameters a dict of
@@ -702,8 +707,9 @@ class Connection:
         self.say_hello(name, True)
         offers = [self.server.hostname, 'PIPELINING', '8BITMIME',
                   'SIZE %d' % self.limits.maxsize, 'SMTPUTF8',
-                  'ENHANCEDSTATUSCODES', 'AUTH LOGIN PLAIN',
-                  'AUTH=LOGIN PLAIN']       # the form before RFC 2554
+                  'ENHANCEDSTATUSCODES']
+        for form in 'AUTH ', 'AUTH=':       # the second: before RFC 2554
+            offers.append(form + ' '.join(self.session.mechanisms))
         if self.limits.tls and not self.client.secure:
             offers.append('STARTTLS')
         self.reply(250, *offers)
@@ -849,12 +855,11 @@ class Connection:
         if self.sender is not None:
             raise Refused(503, '5.5.1 not during a mail')
         mechanism, _, initial = argument.partition(' ')
-        if mechanism.upper() == 'PLAIN':
-            user, password = yield from self.auth_plain(initial.strip())
-        elif mechanism.upper() == 'LOGIN':
-            user, password = yield from self.auth_login(initial.strip())
-        else:
-            raise Refused(504, '5.5.4 AUTH takes PLAIN or LOGIN')
+        if mechanism.upper() not in self.session.mechanisms:
+            raise Refused(504, '5.5.4 AUTH takes '
+                          + ' or '.join(self.session.mechanisms))
+        ask = getattr(self, 'auth_' + mechanism.lower())
+        user, password = yield from ask(initial.strip())
         yield AWAY
         try:
             self.session.auth(user, password)
@@ -877,6 +882,15 @@ class Connection:
         user = decode64(initial) if initial else (
             yield from self.challenge('VXNlcm5hbWU6'))
         return user, (yield from self.challenge('UGFzc3dvcmQ6'))
+
+    def auth_xoauth2(self, initial):
+        """That of Google and Microsoft; returns (user, token)."""
+        answer = decode64(initial) if initial else (
+            yield from self.challenge(''))
+        match = re.fullmatch('user=(.*)\1auth=Bearer (.*)\1\1', answer)
+        if not match:
+            raise Refused(501, '5.5.2 that is not AUTH XOAUTH2')
+        return match.groups()
 
     def challenge(self, text):
         """Asks; returns the decoded answer. The blank behind 334 is needed
@@ -1490,7 +1504,7 @@ class Delivery:
 
     def offered(self):
         """All that EHLO said, 'SIZE 1000' and so on, a list of str."""
-        return [' '.join([name.upper(), *value.split()])
+        return [' '.join([name.upper(), *dict.fromkeys(value.split())])
                 for name, value in self._smtp.esmtp_features.items()]
 
     def start_tls(self, context):
