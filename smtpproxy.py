@@ -1984,7 +1984,6 @@ def port_advice(account):
 # --- OAuth2: signing in where no password is taken --------------------------
 
 TOKEN_TIME = 30             # seconds for a whole exchange with a token server
-ADDRESS_TIME = 5            # of these for one of several addresses
 ANSWER_SIZE = 65536         # bytes of its answer
 MARGIN = 600                # seconds; some servers refuse a token with less
 LOCK_TIME = 45              # seconds: another process's renewal is over then
@@ -2043,35 +2042,6 @@ def oauthbearer(account, token):
 
 
 # The token server.
-
-def connect_in_turn(address, end):
-    """A socket that is connected before the time end. Each address of the
-    name gets some seconds, first one of each family: an IPv6 that leads
-    nowhere costs no minute. Raises OSError."""
-    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    first = {one[0]: one for one in reversed(found)}.values()
-    found.sort(key=lambda one: one not in first)
-    limit = ADDRESS_TIME if len(found) > 1 else TOKEN_TIME
-    trouble = OSError('no address')
-    for family, kind, protocol, _, where in found:
-        left = end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout('timed out')
-        try:
-            sock = socket.socket(family, kind, protocol)
-        except OSError as error:        # a box without IPv6
-            trouble = error
-            continue
-        try:
-            sock.settimeout(min(left, limit))
-            sock.connect(where)
-            sock.settimeout(TOKEN_TIME)
-            return sock
-        except OSError as error:
-            sock.close()
-            trouble = error
-    raise trouble
-
 
 def proxy_for(host):
     """(name, port, authorization or '') of the HTTPS_PROXY for this host, or
@@ -2144,7 +2114,7 @@ class Exchange:
         return connection
 
     def _connect(self, address, *_):
-        sock = connect_in_turn(address, self.end)
+        sock = smtps.connect(*address, max(0, self.end - time.monotonic()))
         self.twin = sock.dup()          # sock itself goes to the TLS layer
         self.timer = threading.Timer(
             max(0, self.end - time.monotonic()), self._cut)
@@ -5335,47 +5305,51 @@ SHOWN = {
 
 
 def demo(options):
-    """--demo: the whole trip on loopback. Returns 0 if the mail arrived."""
+    """--demo [oauth]: the whole trip on loopback. Returns 0 if the mail
+    arrived."""
     import tempfile
-    from email.message import EmailMessage
-    import smtplib
-    with tempfile.TemporaryDirectory() as folder:
-        pop = DemoPop()
-        provider = smtps.Server(functools.partial(DemoProvider, pop))
-        provider.listen('127.0.0.1', 0)
-        provider.start()
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(
+            DEMOS[options.demo]()) as provider:
         path = os.path.join(folder, 'smtpproxy.ini')
         with open(path, 'w') as file:
-            file.write(DEMO_INI % (
-                folder, provider.listeners[0].getsockname()[1], pop.port))
-        proxy = Proxy(load(path))
-        proxy.start()
-        log_to_stdout()
-        port = proxy.server.listeners[0].getsockname()[1]
-        tell('A mail from an old printer is handed to port %d, as plain SMTP'
-             % port)
-        mail = EmailMessage()
-        mail['From'], mail['To'] = 'printer@home.lan', 'you@example.org'
-        mail['Subject'] = 'It works'
-        mail.set_content('A mail on its whole trip through smtpproxy.\n')
-        with smtplib.SMTP('127.0.0.1', port, 'printer') as client:
-            client.send_message(mail)
-        try:
-            arrived = pop.mails.get(timeout=20)
-        except queue.Empty:
-            arrived = None
-        proxy.stop()
-        provider.stop()
-        pop.close()
-    if arrived is None:
+            file.write(DEMO_INI % folder + provider.ini())
+        settings = load(path)
+        arrived = provider.sign_in(settings) and take_trip(
+            settings, provider.mails)
+    if not arrived:
         say('the mail did not arrive; the log above should say why')
         return 1
     tell('')
-    tell('The provider took it after the POP login; what arrived:')
+    tell('The provider took it after the %s login; what arrived:'
+         % provider.login)
     tell('')
     for line in smtps.unstuffed(arrived).decode().splitlines():
         tell('  | ' + line)
     return 0
+
+
+def take_trip(settings, mails):
+    """Hands a mail to a proxy; returns what arrives in mails, or None."""
+    from email.message import EmailMessage
+    import smtplib
+    proxy = Proxy(settings)
+    proxy.start()
+    log_to_stdout()
+    port = proxy.server.listeners[0].getsockname()[1]
+    tell('A mail from an old printer is handed to port %d, as plain SMTP'
+         % port)
+    mail = EmailMessage()
+    mail['From'], mail['To'] = 'printer@home.lan', 'you@example.org'
+    mail['Subject'] = 'It works'
+    mail.set_content('A mail on its whole trip through smtpproxy.\n')
+    with smtplib.SMTP('127.0.0.1', port, 'printer') as client:
+        client.send_message(mail)
+    try:
+        return mails.get(timeout=20)
+    except queue.Empty:
+        return None
+    finally:
+        proxy.stop()
 
 
 DEMO_INI = """
@@ -5388,26 +5362,85 @@ msgdir=%s/msgs
 [printer@home.lan]
 localhostname=localhost
 smtphost=127.0.0.1
-smtpport=%d
-popbeforesmtp=true
-pophost=127.0.0.1
-popport=%d
-popssl=false
-popusername=me
-poppassword=secret
 replyto=me@example.org
 """
 
 
-class DemoPop(threading.Thread):
-    """A POP3 server for one user, who may send mail after the login."""
+class DemoProvider:
+    """A provider that relays for who has signed in. login: the word for how;
+    mails: a queue of what it took."""
+
+    mechanisms = smtps.Session.mechanisms
 
     def __init__(self):
-        super().__init__(name='demo-pop', daemon=True)
-        self.sock = socket.create_server(('127.0.0.1', 0))
-        self.port = self.sock.getsockname()[1]
         self.signed_in, self.mails = False, queue.SimpleQueue()
-        self.start()
+        self.server = smtps.Server(functools.partial(DemoSession, self))
+        self.server.listen('127.0.0.1', 0)
+        self.server.start()
+
+    def ini(self):
+        """The keys of its account."""
+        return 'smtpport=%d\n' % self.server.listeners[0].getsockname()[1]
+
+    def sign_in(self, settings):
+        """What a person does there before the first mail. Returns whether it
+        went well."""
+        return True
+
+    def auth(self, user, password):
+        """Raises smtps.Refused."""
+
+    def close(self):
+        self.server.stop()
+
+
+class DemoSession(smtps.Session):
+    """A client of a DemoProvider."""
+
+    def __init__(self, provider, client):
+        super().__init__(client)
+        self.provider, self.mechanisms = provider, provider.mechanisms
+
+    def auth(self, user, password):
+        self.provider.auth(user, password)
+
+    def rcpt(self, recipient):
+        if not self.provider.signed_in:
+            raise smtps.Refused(550, '5.7.1 a %s login first, please'
+                                % self.provider.login)
+
+    def data(self, sender, recipients, parameters):
+        return DemoMail(self.provider.mails)
+
+
+class DemoMail(smtps.Receiver):
+
+    def __init__(self, mails):
+        self.mails, self.content = mails, b''
+
+    def write(self, chunk):
+        self.content += chunk
+
+    def commit(self):
+        self.mails.put(self.content)
+
+
+class PopProvider(DemoProvider):
+    """POP before SMTP: a POP3 server for one user, who may send mail after
+    the login."""
+
+    login = 'POP'
+
+    def __init__(self):
+        super().__init__()
+        self.sock = socket.create_server(('127.0.0.1', 0))
+        threading.Thread(target=self.run, name='demo-pop', daemon=True).start()
+
+    def ini(self):
+        return super().ini() + (
+            'popbeforesmtp=true\npophost=127.0.0.1\npopport=%d\npopssl=false\n'
+            'popusername=me\npoppassword=secret\n'
+            % self.sock.getsockname()[1])
 
     def run(self):
         try:
@@ -5425,35 +5458,111 @@ class DemoPop(threading.Thread):
                 file.write(b'+OK\r\n')
 
     def close(self):
+        super().close()
         self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
 
-class DemoProvider(smtps.Session):
-    """A mail server that relays after a POP login only."""
+class OAuthProvider(DemoProvider):
+    """OAuth2: no password is taken, a person signs in at a token server (RFC
+    8628) and types the code that --login shows."""
 
-    def __init__(self, pop, client):
-        super().__init__(client)
-        self.pop = pop
+    login, mechanisms = 'XOAUTH2', ('XOAUTH2',)
+    code = 'DEMO-CODE'
 
-    def rcpt(self, recipient):
-        if not self.pop.signed_in:
-            raise smtps.Refused(550, '5.7.1 POP before SMTP, please')
+    def __init__(self):
+        from http.server import ThreadingHTTPServer
+        super().__init__()
+        self.consented, self.token = False, os.urandom(20).hex()
+        self.tokens = ThreadingHTTPServer(
+            ('127.0.0.1', 0), functools.partial(demo_page(), self))
+        self.url = 'http://127.0.0.1:%d' % self.tokens.server_port
+        threading.Thread(target=self.tokens.serve_forever, daemon=True,
+                         kwargs={'poll_interval': .1},
+                         name='demo-tokens').start()
 
-    def data(self, sender, recipients, parameters):
-        return DemoMail(self.pop.mails)
+    def ini(self):
+        return super().ini() + (
+            'oauth=other\noauthclientid=demo\noauthscope=send offline_access\n'
+            'oauthtokenurl=%s/token\noauthdeviceurl=%s/device\n'
+            'smtpusername=me@example.org\n' % (self.url, self.url))
+
+    def sign_in(self, settings):
+        tell('This provider takes no password. So once: --login %s'
+             % 'printer@home.lan')
+        import argparse
+        return login(settings, argparse.Namespace(
+            login='printer@home.lan')) == 0
+
+    def auth(self, user, password):
+        self.signed_in = password == self.token
+        tell('  smtp: XOAUTH2 login of %s, the token is %s' % (
+            user, 'good' if self.signed_in else 'wrong'))
+        if not self.signed_in:
+            raise smtps.Refused(535, '5.7.8 not our token')
+
+    def answer(self, path, form):
+        """(status, what a token server says) to a form, or of a page."""
+        if path == '/device':
+            threading.Thread(target=self.be_the_person, daemon=True,
+                             name='demo-person').start()
+            return 200, {'device_code': self.token[::-1], 'interval': 1,
+                         'user_code': self.code, 'expires_in': 300,
+                         'verification_uri': self.url}
+        if path == '/' and form.get('code') == self.code:
+            self.consented = True
+            return 200, {'thank': 'you'}
+        if path == '/token' and self.consented:
+            return 200, {'access_token': self.token, 'expires_in': 3600,
+                         'token_type': 'Bearer', 'scope': form.get('scope'),
+                         'refresh_token': self.token[::-1]}
+        return 400, {'error': 'authorization_pending'}
+
+    def be_the_person(self):
+        """Who has a browser somewhere, and a moment later the code."""
+        from http.client import HTTPConnection
+        time.sleep(.5)
+        tell('  you, at the browser: open %s, type %s, and agree' % (
+            self.url, self.code))
+        browser = HTTPConnection('127.0.0.1', self.tokens.server_port)
+        browser.request('POST', '/', 'code=' + self.code)
+        browser.getresponse().read()
+        browser.close()
+
+    def close(self):
+        super().close()
+        self.tokens.shutdown()
+        self.tokens.server_close()
 
 
-class DemoMail(smtps.Receiver):
+def demo_page():
+    """A class for http.server: callable(provider, ...)."""
+    import json
+    from http.server import BaseHTTPRequestHandler
+    from urllib.parse import parse_qsl
 
-    def __init__(self, mails):
-        self.mails, self.content = mails, b''
+    class Page(BaseHTTPRequestHandler):
 
-    def write(self, chunk):
-        self.content += chunk
+        def __init__(self, provider, *arguments):
+            self.provider = provider
+            super().__init__(*arguments)
 
-    def commit(self):
-        self.mails.put(self.content)
+        def do_POST(self):
+            form = self.rfile.read(int(self.headers['Content-Length']))
+            status, answer = self.provider.answer(
+                self.path, dict(parse_qsl(form.decode())))
+            self.send_response(status)
+            self.send_header('Content-Type', 'application/json')
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *arguments):
+            """The demo shows what matters."""
+
+    return Page
+
+
+DEMOS = {'pop': PopProvider, 'oauth': OAuthProvider}
 
 
 # --- Main -------------------------------------------------------------------
@@ -5467,7 +5576,8 @@ def parse(arguments):
                         help='the ini (default: ./smtpproxy.ini)')
     add = parser.add_mutually_exclusive_group().add_argument
     add('--check', action='store_true', help='look for mistakes, do not start')
-    add('--demo', action='store_true', help='the whole trip of a mail, here')
+    add('--demo', nargs='?', const='pop', choices=sorted(DEMOS),
+        metavar='oauth', help='the whole trip of a mail, here')
     add('--test', nargs='*', metavar=('SENDER', 'RECIPIENT'),
         help='go the way that mail would go')
     add('--login', metavar='ADDRESS', help='sign in by OAuth2')

@@ -1,4 +1,5 @@
 """--test: the way that mail would go, step by step, for its owner."""
+import base64
 import re
 import threading
 import unittest
@@ -6,7 +7,8 @@ from unittest import mock
 
 import smtpproxy
 from tests.case import A, B, OTHER, SENDER
-from tests.fakes import CERTIFICATE, FakePOP, FakeSMTP, server_tls
+from tests.fakes import (
+    CERTIFICATE, USER, FakePOP, FakeSMTP, FakeTokenServer, server_tls)
 from tests.test_commands import CommandCase
 from tests.test_faults import ROWS, SMALL, FaultCase
 
@@ -108,6 +110,66 @@ class Steps(TrialCase):
             'wrong): check smtpusername and smtppassword' % smtp.port,
             self.steps(out)[-1])
         self.assertTrue(out.endswith('\n[%s] does not work\n' % SENDER))
+
+
+class ByOAuth(TrialCase):
+    """An account that signs in by OAuth2."""
+
+    def setUp(self):
+        super().setUp()
+        self.tokens = self.serve(FakeTokenServer())
+        self.upstream.mechanisms = ['XOAUTH2']
+        self.upstream.users = self.tokens.valid
+        smtpproxy.TokenFile.complained.clear()
+        self.ini(accounts={SENDER: self.account(
+            oauth='other', oauthclientid='id', oauthscope='mail',
+            oauthtokenurl=self.tokens.url('/token'),
+            oauthdeviceurl=self.tokens.url('/device'), smtpusername=USER)})
+
+    def sign_in(self):
+        settings = smtpproxy.load(self.path('smtpproxy.ini'))
+        grant, = smtpproxy.Grants(settings)
+        smtpproxy.Spool.make_folder(grant.file.folder)
+        with self.tokens.changed:
+            grant.store(self.tokens.issue())
+        return grant
+
+    def test_the_state_of_the_sign_in_has_a_line(self):
+        self.sign_in()
+
+        self.assertSteps(['sign-in: signed in since 20', 'name: ',
+                          'connect: ', 'greeting: ', 'EHLO: ',
+                          'login: taken by xoauth2'], self.succeed('--test'))
+
+    def test_a_token_that_is_refused_is_replaced_and_that_is_seen(self):
+        self.sign_in()
+        self.tokens.valid[USER] = 'another'
+
+        steps = self.steps(self.succeed('--test'))
+
+        self.assertIn('refused: login at ', steps[5])
+        self.assertIn('another token is asked for', steps[5])
+        self.assertEqual('login: taken by xoauth2', steps[-1])
+        self.assertEqual(1, len(self.tokens.asked('refresh')))
+
+    def test_who_is_not_signed_in_is_told_the_command(self):
+        out = self.fail_test()
+
+        self.assertIn('failed: no sign-in for [%s]' % SENDER, out)
+        self.assertIn('--login ' + SENDER, out)
+        self.assertEqual(0, self.upstream.connections)
+
+    def test_no_token_is_shown(self):
+        self.sign_in()
+        self.tokens.valid[USER] = 'another'
+        self.upstream.script['AUTH'] = lambda talk: '535 5.7.8 ' + talk.line
+
+        out = self.fail_test()
+
+        for token in self.tokens.issued:
+            self.assertNotIn(token, out)
+            self.assertNotIn(base64.b64encode(token.encode()).decode()[2:-4],
+                             out)
 
 
 class Accounts(TrialCase):
