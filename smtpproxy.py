@@ -2736,7 +2736,6 @@ PROVIDERS = (
 # --- OAuth2: signing in where no password is taken --------------------------
 
 TOKEN_TIME = 30             # seconds for a whole exchange with a token server
-ADDRESS_TIME = 5            # of these for one of several addresses
 ANSWER_SIZE = 65536         # bytes of its answer
 MARGIN = 600                # seconds; some servers refuse a token with less
 LOCK_TIME = 45              # seconds: another process's renewal is over then
@@ -2795,35 +2794,6 @@ def oauthbearer(account, token):
 
 
 # The token server.
-
-def connect_in_turn(address, end):
-    """A socket that is connected before the time end. Each address of the
-    name gets some seconds, first one of each family: an IPv6 that leads
-    nowhere costs no minute. Raises OSError."""
-    found = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-    first = {one[0]: one for one in reversed(found)}.values()
-    found.sort(key=lambda one: one not in first)
-    limit = ADDRESS_TIME if len(found) > 1 else TOKEN_TIME
-    trouble = OSError('no address')
-    for family, kind, protocol, _, where in found:
-        left = end - time.monotonic()
-        if left <= 0:
-            raise socket.timeout('timed out')
-        try:
-            sock = socket.socket(family, kind, protocol)
-        except OSError as error:        # a box without IPv6
-            trouble = error
-            continue
-        try:
-            sock.settimeout(min(left, limit))
-            sock.connect(where)
-            sock.settimeout(TOKEN_TIME)
-            return sock
-        except OSError as error:
-            sock.close()
-            trouble = error
-    raise trouble
-
 
 def proxy_for(host):
     """(name, port, authorization or '') of the HTTPS_PROXY for this host, or
@@ -2896,7 +2866,7 @@ class Exchange:
         return connection
 
     def _connect(self, address, *_):
-        sock = connect_in_turn(address, self.end)
+        sock = smtps.connect(*address, max(0, self.end - time.monotonic()))
         self.twin = sock.dup()          # sock itself goes to the TLS layer
         self.timer = threading.Timer(
             max(0, self.end - time.monotonic()), self._cut)
@@ -3931,15 +3901,16 @@ class PopDialogue:
     """Mixed into poplib's classes: replies are bounded, and the dialogue goes
     to our log, without secrets."""
 
-    def __init__(self, host, port, tls, redact, debuglevel, family):
+    def __init__(self, host, port, tls, redact, debuglevel, watch, family):
         # The constructor of poplib connects, and that uses these.
+        self.tls, self.watch = tls, watch
         self.redact, self.debuglevel = redact, debuglevel
-        self.tls, self.family = tls, family
+        self.family = family
         super().__init__(host, port, timeout=smtps.CONNECT_TIME)
 
     def _create_socket(self, timeout):
         return smtps.connect(self.host, self.port, timeout, self.tls,
-                             self.family)
+                             self.watch, self.family)
 
     def _bounded(self):
         """self.file, bounded: with each socket poplib makes a plain one."""
@@ -4123,6 +4094,10 @@ class SignIn:
             self._renewed = token
         return token
 
+    def state(self):
+        """The State of the grant."""
+        return self._grant().state()
+
     def is_dead(self):
         """Whether a person has to sign in before a token can be had."""
         return bool(self.account.oauth) and self._grant().is_dead()
@@ -4143,28 +4118,29 @@ class SignIn:
         return self.account.popbeforesmtp and (
             self._pop_login is None or self._clock() >= self._pop_login.ends)
 
-    def by_pop(self, config):
+    def by_pop(self, config, watch=smtps.unwatched):
         """One login for all connections of the account, if it is due. Returns
-        the PopLogin, None if the account wants none. Raises
-        AccountUnavailable, and PopPending while config.waitafterpop lasts."""
+        the PopLogin, None if the account wants none. watch: see Courier.
+        Raises AccountUnavailable, and PopPending while config.waitafterpop
+        lasts."""
         if not self.account.popbeforesmtp:
             return None
         with self._pop_lock:
             if self.pop_is_due():
-                self._pop_login = self._new_pop_login(config)
+                self._pop_login = self._new_pop_login(config, watch)
             login = self._pop_login
             if self._clock() < login.opens:
                 raise PopPending(login.opens)
             login.use()
             return login
 
-    def _new_pop_login(self, config):
+    def _new_pop_login(self, config, watch):
         """Raises AccountUnavailable."""
         account, wait = self.account, config.waitafterpop
         if self._renewal:               # the last wait was too short
             wait = max(wait, RENEWAL_WAIT) * 2 ** (self._renewal - 1)
         try:
-            family = self._talk_pop(config.debuglevel)
+            family = self._talk_pop(config.debuglevel, watch)
         except Exception as error:
             unavailable = self._pop_unavailable(error)
             if not self._is_still_known(str(unavailable)):
@@ -4175,6 +4151,7 @@ class SignIn:
             return self._pop_login
         log.info('%s: POP login as %s; waiting %d s before SMTP',
                  account.pophost, account.popusername, wait)
+        watch('POP login', account.popusername)
         self._renewal = 0
         return PopLogin(family, self._clock(), wait, account.popcheckdelay)
 
@@ -4232,10 +4209,10 @@ class SignIn:
             self.redact(why), pop_advice(account, why),
             family_advice(account, error)))
 
-    def _talk_pop(self, debuglevel):
+    def _talk_pop(self, debuglevel, watch):
         """One login; returns the family of our address."""
         account = self.account
-        pop = self._open_pop(debuglevel)
+        pop = self._open_pop(debuglevel, watch)
         try:
             if account.popssl == 'tls':
                 pop.stls(context_of(account))
@@ -4250,7 +4227,7 @@ class SignIn:
             with contextlib.suppress(OSError):  # TLS that failed has closed it
                 pop.close()
 
-    def _open_pop(self, debuglevel):
+    def _open_pop(self, debuglevel, watch):
         """In a family in which SMTP is to be had, if that can be."""
         account = self.account
         tls = context_of(account) if account.popssl is True else None
@@ -4259,7 +4236,7 @@ class SignIn:
             key=lambda family: family in self._without_smtp)
         connect = functools.partial(pop_class(), account.pophost,
                                     account.popport, tls, self.redact,
-                                    debuglevel)
+                                    debuglevel, watch)
         for family in families:
             with contextlib.suppress(OSError):
                 return connect(family)
@@ -4268,13 +4245,15 @@ class SignIn:
     # SMTP AUTH.
 
     def by_auth(self, delivery, token=None):
-        """The login, if the account has one. delivery: a smtps.Delivery
-        behind its hello(); token: for an account with oauth. Raises
-        TokenRefused, AccountUnavailable, OSError."""
+        """The login, if the account has one: returns the name of the
+        mechanism that was taken, or ''. delivery: a smtps.Delivery behind its
+        hello(); token: for an account with oauth. Raises TokenRefused,
+        AccountUnavailable, OSError."""
         if token is not None:
-            self._by_token(delivery, token)
-        elif self.account.smtpusername and self.account.smtppassword:
-            self._by_password(delivery)
+            return self._by_token(delivery, token)
+        if self.account.smtpusername and self.account.smtppassword:
+            return self._by_password(delivery)
+        return ''
 
     def _by_token(self, delivery, token):
         """A token that was refused is worth a new one, but not one after the
@@ -4284,7 +4263,7 @@ class SignIn:
         code, text = TOKEN_MECHANISMS[name](delivery.ask, account, token)
         if code == 235:
             self._renewed = None
-            return
+            return name
         reply = '%s: %d %s' % (name, code, self.redact(smtps.plain(text)))
         why = 'login at %s as %s refused (%s)%s' % (
             account.server, account.smtpusername, reply,
@@ -4301,7 +4280,7 @@ class SignIn:
             code, text = MECHANISMS[name](
                 delivery.ask, account.smtpusername, account.smtppassword)
             if code == 235:
-                return
+                return name
             answers.append('%s: %d %s' % (
                 name, code, self.redact(smtps.plain(text))))
             try:
@@ -4377,16 +4356,21 @@ def body_of(mail):
 class Courier:
     """Takes mails to one account's server, over one connection that it makes
     as the account asks for and keeps for the next mail. One thread uses it;
-    sign_in is shared with the account's other couriers.
+    sign_in is shared with the account's other couriers. watch: callable(step,
+    found), told of each step there: those of smtps.unwatched, and 'POP login'
+    with the user, 'EHLO' with the
+    smtps.Delivery, 'login' with the name of the mechanism ('': none);
+    with oauth 'sign-in' with its State, 'refused' with a TokenRefused.
 
     upcoming: None, or the (Mail, Account) whose envelope is under way: it
     must be delivered next."""
 
-    def __init__(self, account, sign_in, config):
+    def __init__(self, account, sign_in, config, watch=smtps.unwatched):
         self.account, self.sign_in, self.config = account, sign_in, config
         self.upcoming = None
         self._delivery = self._token = None
         self._pop_login = None          # the PopLogin that comes before it
+        self._watch = watch
 
     @property
     def connected(self):
@@ -4397,7 +4381,7 @@ class Courier:
         try:
             smtps.connect(
                 self.account.smtphost, self.account.smtpport,
-                smtps.CONNECT_TIME, None, self._family()).close()
+                smtps.CONNECT_TIME, family=self._family()).close()
         except (OSError, ValueError, LookupError) as error:
             raise self._unavailable('connect', error) from error
 
@@ -4430,7 +4414,7 @@ class Courier:
         """On the connection we have or, if the server has closed that
         meanwhile, on a new one. Raises AccountUnavailable, OSError."""
         while True:
-            self._connect()
+            self.connect()
             is_new = not self._delivery.used
             try:
                 return self._delivery.send(
@@ -4473,14 +4457,16 @@ class Courier:
 
     # Getting there.
 
-    def _connect(self):
-        """Raises AccountUnavailable."""
+    def connect(self):
+        """Gets the connection ready for a mail, if it is not. Raises
+        AccountUnavailable."""
         if self.connected and not self.sign_in.pop_is_due():
             return
         self.close()
         try:
             self._get_there()
         except TokenRefused as error:   # it may have ended before its time
+            self._watch('refused', error)
             self.close()
             self._get_there(error.token)
 
@@ -4501,11 +4487,13 @@ class Courier:
     def _get_token(self, refused):
         """First of all: no server waits for another one."""
         self._token = self.sign_in.token(refused)
+        if self._token is not None:
+            self._watch('sign-in', self.sign_in.state())
 
     def _open(self):
         """With a POP login first, where the account wants that."""
         while True:
-            self._pop_login = self.sign_in.by_pop(self.config)
+            self._pop_login = self.sign_in.by_pop(self.config, self._watch)
             try:
                 self._delivery = self._dial()
                 return
@@ -4520,7 +4508,8 @@ class Courier:
         return smtps.Delivery(
             account.smtphost, account.smtpport, account.localhostname or HOST,
             context_of(account) if account.smtpsecurity == 'ssl' else None,
-            self.sign_in.redact, self.config.debuglevel, self._family())
+            self.sign_in.redact, self.config.debuglevel, self._watch,
+            self._family())
 
     def _family(self):
         return self._pop_login.family if self._pop_login else FAMILIES[
@@ -4528,6 +4517,7 @@ class Courier:
 
     def _hello(self):
         self._delivery.hello()
+        self._watch('EHLO', self._delivery)
 
     def _start_tls(self):
         """Never plain text where TLS was asked for."""
@@ -4539,9 +4529,11 @@ class Courier:
                 'smtpsecurity=ssl and port 465, perhaps?'
                 % self.account.server)
         self._delivery.start_tls(context_of(self.account))
+        self._watch('EHLO', self._delivery)
 
     def _log_in(self):
-        self.sign_in.by_auth(self._delivery, self._token)
+        self._watch('login', self.sign_in.by_auth(
+            self._delivery, self._token))
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""
@@ -5358,7 +5350,8 @@ class Relay:
 
     def _route(self, id):
         """Gives a mail that this thread has in hand to its destination."""
-        mail = self.load(id, self.queues.unrouted, bool(self._handlers.enabled))
+        mail = self.load(id, self.queues.unrouted,
+                         to_send=bool(self._handlers.enabled))
         if mail is None:
             return
         if mail.flaw:
@@ -6016,7 +6009,11 @@ def login(settings, options):
         say('not signed in: %s; what was stored before is as it was' % error)
         return 1
     tell_stored(settings, grant, answer)
+    tell('Trying it at %s:' % account.server)
     taken = trial(settings, account)
+    if taken:
+        tell('%s takes this sign-in for %s.' % (account.server,
+                                                account.smtpusername))
     retry_mails_of(settings, account)
     return 0 if taken else 1
 
@@ -6055,11 +6052,6 @@ def tell_stored(settings, grant, answer):
     if account.oauth == 'google':
         tell('If the app is still in "Testing" at Google, this ends after '
               'seven days: publish it ("In production").')
-
-
-def trial(settings, account):
-    """Whether smtphost takes the login of an account. Says each step."""
-    return True
 
 
 def retry_mails_of(settings, account):
@@ -6147,24 +6139,26 @@ def handler_test(settings, options):
     return 0
 
 
-def log_to_stdout():
+def log_to_stdout(level=logging.INFO):
     """The log among the lines of a command."""
     console = logging.StreamHandler(sys.stdout)
     console.setFormatter(ForCommand())
+    console.handleError = lambda record: None       # nobody listens
     root = logging.getLogger()
     root.handlers[:] = [console]
-    root.setLevel(logging.INFO)
+    root.setLevel(level)
 
 
 class TestMail(Mail):
-    """A mail from a file, for handlers to look at."""
+    """A mail that lies in no spool, from a message (bytes)."""
 
     def __init__(self, message):
         from email import message_from_bytes
         from email.utils import getaddresses
         headers = message_from_bytes(message)
-        self.id, self.data, self.start = 'test', smtps.stuffed(message), 0
-        self.body, self.dot = smtps.split_header(self.data), len(self.data) + 3
+        self.id, self.path, self.parameters = 'test', None, {}
+        self.data, self.start = smtps.stuffed(message) + b'.\r\n', 0
+        self.body, self.dot = smtps.split_header(self.data), len(self.data)
         self._msg = message
         addresses = [[Address(a) for _, a in getaddresses(
             [str(field) for field in headers.get_all(name, [])]) if a]
@@ -6173,48 +6167,250 @@ class TestMail(Mail):
             addresses[1] or [Address('nobody@localhost')])
 
 
+def test(settings, options):
+    """--test [SENDER [RECIPIENT]]: the way that mail would go."""
+    log_to_stdout(logging.INFO if settings.config.debuglevel
+                  else logging.WARNING)
+    if settings.grants:
+        become_owner(settings.config)
+    if not options.test:
+        return test_all(settings)
+    if options.test[2:] or options.test[1:] and not all(
+            map(is_address, options.test)):
+        say('--test takes a sender, or the addresses of a sender and of a '
+            'recipient')
+        return 1
+    section = settings.section_for(options.test[0])
+    if section is None:
+        say('there is no account for %s in %s' % (
+            options.test[0], settings.file))
+        return 1
+    return test_one(settings, section, *options.test)
+
+
+def is_address(text):
+    """Could a mail be from or to it?"""
+    try:
+        return '@' in smtps.parse_path('<%s>' % text, '')[0]
+    except smtps.Refused:
+        return False
+
+
+def test_one(settings, section, sender, recipient=None):
+    account = settings.accounts[section]
+    tell('[%s]: %s' % (section, account.server))
+    works = trial(settings, account, recipient and test_mail(
+        sender, recipient, section))
+    tell('[%s] works; %s' % (section, (
+        'look whether the mail has come to <%s>' % recipient
+        if recipient else 'no mail was sent'))
+        if works else '[%s] does not work' % section)
+    return 0 if works else 1
+
+
+def test_all(settings):
+    """Each way out once: sections may share one."""
+    sections = {}
+    for name, account in settings.accounts.items():
+        sections.setdefault(account.connection, []).append('[%s]' % name)
+    failed = []
+    for account, names in sections.items():
+        tell('%s: %s' % (', '.join(names), account.server))
+        if not trial(settings, account):
+            failed += names
+        tell('')
+    tell('these do not work: ' + ', '.join(failed) if failed else
+         'all accounts work; no mail was sent' if sections else
+         'there is no account in ' + settings.file)
+    return 1 if failed or not sections else 0
+
+
+def test_mail(sender, recipient, section):
+    """A TestMail as a device would send it."""
+    now = int(time.time())
+    mail = TestMail((TEST_MAIL % (
+        mail_date(now), now, os.urandom(4).hex(), HOST, sender, recipient,
+        HOST, section)).encode())
+    mail.frm, mail.to = Address(sender), [Address(recipient)]
+    return mail
+
+
+TEST_MAIL = """\
+Date: %s
+Message-ID: <test.%x.%s@%s>
+From: <%s>
+To: <%s>
+Subject: A test of smtpproxy
+MIME-Version: 1.0
+Content-Type: text/plain; charset=utf-8
+Content-Transfer-Encoding: 8bit
+
+This is a test of smtpproxy on %s. It took the way by the account
+[%s], as the mail of your devices does.
+"""
+
+
+def trial(settings, account, mail=None):
+    """Tells of each step of an account's way, that of a mail as well if there
+    is one. Returns whether all went well."""
+    with contextlib.closing(Trial(settings, account)) as attempt:
+        return attempt.connect() and (mail is None or attempt.send(mail))
+
+
+class Trial:
+    """Goes the way that mail of an account goes, with the Courier that takes
+    it there, and tells of each step and the time it took.
+
+    tell: callable(str); clock: callable() -> seconds; pause:
+    callable(seconds)."""
+
+    def __init__(self, settings, account, tell=tell, clock=time.monotonic,
+                 pause=time.sleep):
+        self._account, self._pause = account, pause
+        self._sign_in = SignIn(account, clock, grants=Grants(settings))
+        self._courier = Courier(account, self._sign_in, settings.config,
+                                self._show)
+        self._tell, self._clock, self._since = tell, clock, clock()
+
+    def connect(self):
+        """All but the mail. Returns whether it went well."""
+        while True:
+            try:
+                self._courier.connect()
+                return True
+            except PopPending as error:
+                self._await(error)
+            except AccountUnavailable as error:
+                return self._fail(error)
+
+    def _await(self, pending):
+        """A POP login has to sink in."""
+        seconds = max(0.0, pending.until - self._clock())
+        self._pause(seconds)
+        self._show('waitafterpop', seconds)
+
+    def send(self, mail):
+        """Returns whether all its recipients have it."""
+        try:
+            report = self._courier.deliver(mail, self._account, lambda: None)
+        except AccountUnavailable as error:
+            return self._fail(error)
+        for reply, recipients in grouped(report.sent):
+            self._line('sent to %s: %s' % (listed(recipients), reply))
+        for reply, recipients in grouped(dict(report.never, **report.later)):
+            self._fail('%s said %s for %s' % (
+                self._account.server, reply, listed(recipients)))
+        return not report.never and not report.later
+
+    def close(self):
+        self._courier.close(politely=True)
+
+    def _fail(self, why):
+        self._line('failed: %s' % why)
+        return False
+
+    def _show(self, step, found):
+        self._line('%s: %s' % (step, SHOWN[step](found)))
+
+    def _line(self, text):
+        since, self._since = self._since, self._clock()
+        with contextlib.suppress(OSError):      # of ours, not of the server
+            self._tell('%6d ms  %s' % ((self._since - since) * 1000,
+                                       self._sign_in.redact(text)))
+
+
+def shown_name(found):
+    host, addresses = found
+    return '%s is %s' % (host, ', '.join(addresses))
+
+
+def shown_tls(sock):
+    certificate = sock.getpeercert()
+    return '%s, %s, %s' % (
+        sock.version(), sock.cipher()[0], shown_certificate(certificate)
+        if certificate else 'certificate not verified (tlsverify=false)')
+
+
+def shown_certificate(certificate):
+    """Whose, by whom and until when, of what ssl tells."""
+    import ssl
+    subject, issuer = (
+        {key: value for part in certificate.get(name, ())
+         for key, value in part} for name in ('subject', 'issuer'))
+    names = [value for _, value in certificate.get('subjectAltName', ())]
+    return 'certificate of %s by %s, good until %s' % (
+        subject.get('commonName') or ', '.join(names[:3]),
+        issuer.get('organizationName') or issuer.get('commonName'),
+        time.strftime('%Y-%m-%d', time.gmtime(ssl.cert_time_to_seconds(
+            certificate['notAfter']))))
+
+
+def shown_offers(delivery):
+    return 'it offers ' + (', '.join(delivery.offered()) or 'nothing')
+
+
+# What a Courier tells of its way -> how that is shown.
+SHOWN = {
+    'name': shown_name,
+    'connect': lambda where: '%s port %d' % where,
+    'TLS': shown_tls,
+    'greeting': str,
+    'POP login': 'taken as {}'.format,
+    'waitafterpop': '{:.0f} s'.format,
+    'EHLO': shown_offers,
+    'sign-in': lambda state: state.text,
+    'refused': '{}; another token is asked for'.format,
+    'login': lambda how: 'taken by ' + how if how else (
+        'none, there is no smtpusername'),
+}
+
+
 def demo(options):
-    """--demo: the whole trip on loopback. Returns 0 if the mail arrived."""
+    """--demo [oauth]: the whole trip on loopback. Returns 0 if the mail
+    arrived."""
     import tempfile
-    from email.message import EmailMessage
-    import smtplib
-    with tempfile.TemporaryDirectory() as folder:
-        pop = DemoPop()
-        provider = smtps.Server(functools.partial(DemoProvider, pop))
-        provider.listen('127.0.0.1', 0)
-        provider.start()
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(
+            DEMOS[options.demo]()) as provider:
         path = os.path.join(folder, 'smtpproxy.ini')
         with open(path, 'w') as file:
-            file.write(DEMO_INI % (
-                folder, provider.listeners[0].getsockname()[1], pop.port))
-        proxy = Proxy(load(path))
-        proxy.start()
-        log_to_stdout()
-        port = proxy.server.listeners[0].getsockname()[1]
-        tell('A mail from an old printer is handed to port %d, as plain SMTP'
-             % port)
-        mail = EmailMessage()
-        mail['From'], mail['To'] = 'printer@home.lan', 'you@example.org'
-        mail['Subject'] = 'It works'
-        mail.set_content('A mail on its whole trip through smtpproxy.\n')
-        with smtplib.SMTP('127.0.0.1', port, 'printer') as client:
-            client.send_message(mail)
-        try:
-            arrived = pop.mails.get(timeout=20)
-        except queue.Empty:
-            arrived = None
-        proxy.stop()
-        provider.stop()
-        pop.close()
-    if arrived is None:
+            file.write(DEMO_INI % folder + provider.ini())
+        settings = load(path)
+        arrived = provider.sign_in(settings) and take_trip(
+            settings, provider.mails)
+    if not arrived:
         say('the mail did not arrive; the log above should say why')
         return 1
     tell('')
-    tell('The provider took it after the POP login; what arrived:')
+    tell('The provider took it after the %s login; what arrived:'
+         % provider.login)
     tell('')
     for line in smtps.unstuffed(arrived).decode().splitlines():
         tell('  | ' + line)
     return 0
+
+
+def take_trip(settings, mails):
+    """Hands a mail to a proxy; returns what arrives in mails, or None."""
+    from email.message import EmailMessage
+    import smtplib
+    proxy = Proxy(settings)
+    proxy.start()
+    log_to_stdout()
+    port = proxy.server.listeners[0].getsockname()[1]
+    tell('A mail from an old printer is handed to port %d, as plain SMTP'
+         % port)
+    mail = EmailMessage()
+    mail['From'], mail['To'] = 'printer@home.lan', 'you@example.org'
+    mail['Subject'] = 'It works'
+    mail.set_content('A mail on its whole trip through smtpproxy.\n')
+    with smtplib.SMTP('127.0.0.1', port, 'printer') as client:
+        client.send_message(mail)
+    try:
+        return mails.get(timeout=20)
+    except queue.Empty:
+        return None
+    finally:
+        proxy.stop()
 
 
 DEMO_INI = """
@@ -6227,26 +6423,85 @@ msgdir=%s/msgs
 [printer@home.lan]
 localhostname=localhost
 smtphost=127.0.0.1
-smtpport=%d
-popbeforesmtp=true
-pophost=127.0.0.1
-popport=%d
-popssl=false
-popusername=me
-poppassword=secret
 replyto=me@example.org
 """
 
 
-class DemoPop(threading.Thread):
-    """A POP3 server for one user, who may send mail after the login."""
+class DemoProvider:
+    """A provider that relays for who has signed in. login: the word for how;
+    mails: a queue of what it took."""
+
+    mechanisms = smtps.Session.mechanisms
 
     def __init__(self):
-        super().__init__(name='demo-pop', daemon=True)
-        self.sock = socket.create_server(('127.0.0.1', 0))
-        self.port = self.sock.getsockname()[1]
         self.signed_in, self.mails = False, queue.SimpleQueue()
-        self.start()
+        self.server = smtps.Server(functools.partial(DemoSession, self))
+        self.server.listen('127.0.0.1', 0)
+        self.server.start()
+
+    def ini(self):
+        """The keys of its account."""
+        return 'smtpport=%d\n' % self.server.listeners[0].getsockname()[1]
+
+    def sign_in(self, settings):
+        """What a person does there before the first mail. Returns whether it
+        went well."""
+        return True
+
+    def auth(self, user, password):
+        """Raises smtps.Refused."""
+
+    def close(self):
+        self.server.stop()
+
+
+class DemoSession(smtps.Session):
+    """A client of a DemoProvider."""
+
+    def __init__(self, provider, client):
+        super().__init__(client)
+        self.provider, self.mechanisms = provider, provider.mechanisms
+
+    def auth(self, user, password):
+        self.provider.auth(user, password)
+
+    def rcpt(self, recipient):
+        if not self.provider.signed_in:
+            raise smtps.Refused(550, '5.7.1 a %s login first, please'
+                                % self.provider.login)
+
+    def data(self, sender, recipients, parameters):
+        return DemoMail(self.provider.mails)
+
+
+class DemoMail(smtps.Receiver):
+
+    def __init__(self, mails):
+        self.mails, self.content = mails, b''
+
+    def write(self, chunk):
+        self.content += chunk
+
+    def commit(self):
+        self.mails.put(self.content)
+
+
+class PopProvider(DemoProvider):
+    """POP before SMTP: a POP3 server for one user, who may send mail after
+    the login."""
+
+    login = 'POP'
+
+    def __init__(self):
+        super().__init__()
+        self.sock = socket.create_server(('127.0.0.1', 0))
+        threading.Thread(target=self.run, name='demo-pop', daemon=True).start()
+
+    def ini(self):
+        return super().ini() + (
+            'popbeforesmtp=true\npophost=127.0.0.1\npopport=%d\npopssl=false\n'
+            'popusername=me\npoppassword=secret\n'
+            % self.sock.getsockname()[1])
 
     def run(self):
         try:
@@ -6264,35 +6519,111 @@ class DemoPop(threading.Thread):
                 file.write(b'+OK\r\n')
 
     def close(self):
+        super().close()
         self.sock.shutdown(socket.SHUT_RDWR)
         self.sock.close()
 
 
-class DemoProvider(smtps.Session):
-    """A mail server that relays after a POP login only."""
+class OAuthProvider(DemoProvider):
+    """OAuth2: no password is taken, a person signs in at a token server (RFC
+    8628) and types the code that --login shows."""
 
-    def __init__(self, pop, client):
-        super().__init__(client)
-        self.pop = pop
+    login, mechanisms = 'XOAUTH2', ('XOAUTH2',)
+    code = 'DEMO-CODE'
 
-    def rcpt(self, recipient):
-        if not self.pop.signed_in:
-            raise smtps.Refused(550, '5.7.1 POP before SMTP, please')
+    def __init__(self):
+        from http.server import ThreadingHTTPServer
+        super().__init__()
+        self.consented, self.token = False, os.urandom(20).hex()
+        self.tokens = ThreadingHTTPServer(
+            ('127.0.0.1', 0), functools.partial(demo_page(), self))
+        self.url = 'http://127.0.0.1:%d' % self.tokens.server_port
+        threading.Thread(target=self.tokens.serve_forever, daemon=True,
+                         kwargs={'poll_interval': .1},
+                         name='demo-tokens').start()
 
-    def data(self, sender, recipients, parameters):
-        return DemoMail(self.pop.mails)
+    def ini(self):
+        return super().ini() + (
+            'oauth=other\noauthclientid=demo\noauthscope=send offline_access\n'
+            'oauthtokenurl=%s/token\noauthdeviceurl=%s/device\n'
+            'smtpusername=me@example.org\n' % (self.url, self.url))
+
+    def sign_in(self, settings):
+        tell('This provider takes no password. So once: --login %s'
+             % 'printer@home.lan')
+        import argparse
+        return login(settings, argparse.Namespace(
+            login='printer@home.lan')) == 0
+
+    def auth(self, user, password):
+        self.signed_in = password == self.token
+        tell('  smtp: XOAUTH2 login of %s, the token is %s' % (
+            user, 'good' if self.signed_in else 'wrong'))
+        if not self.signed_in:
+            raise smtps.Refused(535, '5.7.8 not our token')
+
+    def answer(self, path, form):
+        """(status, what a token server says) to a form, or of a page."""
+        if path == '/device':
+            threading.Thread(target=self.be_the_person, daemon=True,
+                             name='demo-person').start()
+            return 200, {'device_code': self.token[::-1], 'interval': 1,
+                         'user_code': self.code, 'expires_in': 300,
+                         'verification_uri': self.url}
+        if path == '/' and form.get('code') == self.code:
+            self.consented = True
+            return 200, {'thank': 'you'}
+        if path == '/token' and self.consented:
+            return 200, {'access_token': self.token, 'expires_in': 3600,
+                         'token_type': 'Bearer', 'scope': form.get('scope'),
+                         'refresh_token': self.token[::-1]}
+        return 400, {'error': 'authorization_pending'}
+
+    def be_the_person(self):
+        """Who has a browser somewhere, and a moment later the code."""
+        from http.client import HTTPConnection
+        time.sleep(.5)
+        tell('  you, at the browser: open %s, type %s, and agree' % (
+            self.url, self.code))
+        browser = HTTPConnection('127.0.0.1', self.tokens.server_port)
+        browser.request('POST', '/', 'code=' + self.code)
+        browser.getresponse().read()
+        browser.close()
+
+    def close(self):
+        super().close()
+        self.tokens.shutdown()
+        self.tokens.server_close()
 
 
-class DemoMail(smtps.Receiver):
+def demo_page():
+    """A class for http.server: callable(provider, ...)."""
+    import json
+    from http.server import BaseHTTPRequestHandler
+    from urllib.parse import parse_qsl
 
-    def __init__(self, mails):
-        self.mails, self.content = mails, b''
+    class Page(BaseHTTPRequestHandler):
 
-    def write(self, chunk):
-        self.content += chunk
+        def __init__(self, provider, *arguments):
+            self.provider = provider
+            super().__init__(*arguments)
 
-    def commit(self):
-        self.mails.put(self.content)
+        def do_POST(self):
+            form = self.rfile.read(int(self.headers['Content-Length']))
+            status, answer = self.provider.answer(
+                self.path, dict(parse_qsl(form.decode())))
+            self.send_response(status)
+            self.send_header('Content-Type', 'application/json')
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        def log_message(self, *arguments):
+            """The demo shows what matters."""
+
+    return Page
+
+
+DEMOS = {'pop': PopProvider, 'oauth': OAuthProvider}
 
 
 # --- Main -------------------------------------------------------------------
@@ -6306,7 +6637,10 @@ def parse(arguments):
                         help='the ini (default: ./smtpproxy.ini)')
     add = parser.add_mutually_exclusive_group().add_argument
     add('--check', action='store_true', help='look for mistakes, do not start')
-    add('--demo', action='store_true', help='the whole trip of a mail, here')
+    add('--demo', nargs='?', const='pop', choices=sorted(DEMOS),
+        metavar='oauth', help='the whole trip of a mail, here')
+    add('--test', nargs='*', metavar=('SENDER', 'RECIPIENT'),
+        help='go the way that mail would go')
     add('--login', metavar='ADDRESS', help='sign in by OAuth2')
     add('--logout', metavar='ADDRESS', help='forget a sign-in')
     add('--queue', action='store_true', help='what waits in msgs/')
@@ -6321,7 +6655,7 @@ def parse(arguments):
 
 COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
             'show': show, 'handler_test': handler_test, 'login': login,
-            'logout': logout}
+            'logout': logout, 'test': test}
 
 
 class Signals:

@@ -146,7 +146,11 @@ class Session:
 
     auth, flush, seal and commit may block; all else must not, since all
     clients wait for it. A session's hooks run one by one, those of different
-    sessions at the same time."""
+    sessions at the same time.
+
+    mechanisms: what AUTH offers; XOAUTH2 is known as well."""
+
+    mechanisms = 'LOGIN', 'PLAIN'
 
     def __init__(self, client):
         self.client = client
@@ -155,7 +159,8 @@ class Session:
         """The client said HELO or EHLO name (str)."""
 
     def auth(self, user, password):
-        """The client signs in with two str. May block."""
+        """The client signs in with two str; by XOAUTH2 the password is a
+        token. May block."""
 
     def mail(self, sender, parameters):
         """MAIL FROM; sender is a bare address or '', parameters a dict of
@@ -702,8 +707,9 @@ class Connection:
         self.say_hello(name, True)
         offers = [self.server.hostname, 'PIPELINING', '8BITMIME',
                   'SIZE %d' % self.limits.maxsize, 'SMTPUTF8',
-                  'ENHANCEDSTATUSCODES', 'AUTH LOGIN PLAIN',
-                  'AUTH=LOGIN PLAIN']       # the form before RFC 2554
+                  'ENHANCEDSTATUSCODES']
+        for form in 'AUTH ', 'AUTH=':       # the second: before RFC 2554
+            offers.append(form + ' '.join(self.session.mechanisms))
         if self.limits.tls and not self.client.secure:
             offers.append('STARTTLS')
         self.reply(250, *offers)
@@ -849,12 +855,11 @@ class Connection:
         if self.sender is not None:
             raise Refused(503, '5.5.1 not during a mail')
         mechanism, _, initial = argument.partition(' ')
-        if mechanism.upper() == 'PLAIN':
-            user, password = yield from self.auth_plain(initial.strip())
-        elif mechanism.upper() == 'LOGIN':
-            user, password = yield from self.auth_login(initial.strip())
-        else:
-            raise Refused(504, '5.5.4 AUTH takes PLAIN or LOGIN')
+        if mechanism.upper() not in self.session.mechanisms:
+            raise Refused(504, '5.5.4 AUTH takes '
+                          + ' or '.join(self.session.mechanisms))
+        ask = getattr(self, 'auth_' + mechanism.lower())
+        user, password = yield from ask(initial.strip())
         yield AWAY
         try:
             self.session.auth(user, password)
@@ -877,6 +882,15 @@ class Connection:
         user = decode64(initial) if initial else (
             yield from self.challenge('VXNlcm5hbWU6'))
         return user, (yield from self.challenge('UGFzc3dvcmQ6'))
+
+    def auth_xoauth2(self, initial):
+        """That of Google and Microsoft; returns (user, token)."""
+        answer = decode64(initial) if initial else (
+            yield from self.challenge(''))
+        match = re.fullmatch('user=(.*)\1auth=Bearer (.*)\1\1', answer)
+        if not match:
+            raise Refused(501, '5.5.2 that is not AUTH XOAUTH2')
+        return match.groups()
 
     def challenge(self, text):
         """Asks; returns the decoded answer. The blank behind 334 is needed
@@ -1208,12 +1222,72 @@ class Server:
 # --- Delivery: the client's end ---------------------------------------------
 
 CONNECT_TIME = 30       # seconds; so long a server has to answer a connection
+ADDRESS_TIME = 10       # seconds of these for one of several addresses
 REPLY_TIME = 60         # seconds for a whole reply
 DOT_TIME = 600          # seconds; RFC 5321 4.5.3.2.6: no second copies
 QUIT_TIME = 5           # seconds for a goodbye that nothing depends on
 REPLY_SIZE = 65536      # bytes of a whole reply
 
 NOT_ASKED = 503, 'not asked for'
+
+
+def unwatched(step, found):
+    """What is done on the way to a server is told to such a callable. step:
+    str; found: 'name', the name and the list of its addresses (str);
+    'connect', the address and port that took the connection; 'TLS', the
+    socket that is secure now; 'greeting', its text (str)."""
+
+
+def connect(host, port, seconds, tls=None, watch=unwatched,
+            family=socket.AF_UNSPEC):
+    """A socket, connected within so many seconds, and with TLS from the first
+    byte if tls, an ssl.SSLContext, is given. Each address of the name gets a
+    part of the time, first one of each family: an IPv6 that leads nowhere
+    costs seconds only. family: AF_INET or AF_INET6 if no other will do.
+    Raises as Delivery."""
+    end = time.monotonic() + seconds
+    found = socket.getaddrinfo(host, port, family, socket.SOCK_STREAM)
+    first = {one[0]: one for one in reversed(found)}.values()
+    found.sort(key=lambda one: one not in first)
+    watch('name', (host, [where[0] for *_, where in found]))
+    trouble = OSError('no address')
+    for family, kind, protocol, _, where in found:
+        left = end - time.monotonic()
+        if left <= 0:
+            raise socket.timeout('timed out')
+        try:
+            sock = connected(family, kind, protocol, where, min(
+                left, ADDRESS_TIME if len(found) > 1 else left))
+        except OSError as error:
+            trouble = error
+            continue
+        watch('connect', where[:2])
+        sock.settimeout(seconds)
+        return secured(sock, host, tls, watch) if tls else sock
+    raise trouble
+
+
+def connected(family, kind, protocol, where, seconds):
+    """A socket of one address. Raises OSError."""
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.settimeout(seconds)
+        sock.connect(where)
+        return sock
+    except BaseException:
+        sock.close()
+        raise
+
+
+def secured(sock, host, tls, watch=unwatched):
+    """The socket with TLS around it. Raises OSError, then it is closed."""
+    try:
+        sock = tls.wrap_socket(sock, server_hostname=host)
+    except BaseException:
+        sock.close()
+        raise
+    watch('TLS', sock)
+    return sock
 
 
 class ServiceUnavailable(OSError):
@@ -1330,55 +1404,27 @@ def limit_wait(sock, seconds):
         sock.settimeout(seconds)
 
 
-def connect(host, port, seconds, tls=None, family=socket.AF_UNSPEC):
-    """A socket, connected to the first address of the name that answers
-    within so many seconds. family: AF_INET or AF_INET6 if no other will do;
-    tls: an ssl.SSLContext if TLS begins at once. Raises as Delivery."""
-    trouble = OSError('no address')
-    for kind in socket.getaddrinfo(host, port, family, socket.SOCK_STREAM):
-        try:
-            sock = connected(*kind[:3], kind[4], seconds)
-        except OSError as error:
-            trouble = error
-            continue
-        return secured(sock, host, tls) if tls else sock
-    raise trouble
-
-
-def connected(family, kind, protocol, address, seconds):
-    """A socket of one address. Raises OSError."""
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.settimeout(seconds)
-        sock.connect(address)
-        return sock
-    except BaseException:
-        sock.close()
-        raise
-
-
-def secured(sock, host, tls):
-    """The socket with TLS around it. Raises OSError, then it is closed."""
-    try:
-        return tls.wrap_socket(sock, server_hostname=host)
-    except BaseException:
-        sock.close()
-        raise
-
-
 class SmtpDialogue:
     """Mixed into smtplib's classes: replies are bounded, and the dialogue
     goes to our log, without secrets."""
 
-    def __init__(self, host, port, name, tls, redact, debuglevel, family):
+    def __init__(self, host, port, name, tls, redact, debuglevel, watch,
+                 family):
         # The constructor of smtplib connects, and that uses these.
+        self.tls, self.watch = tls, watch
         self.redact, self.debuglevel = redact, debuglevel
-        self.tls, self.family = tls, family
+        self.family = family
         self.secret, self.reply_time = False, None
         super().__init__(host, port, name, timeout=CONNECT_TIME)
 
+    def connect(self, host, port):
+        code, text = super().connect(host, port)
+        if code == 220:
+            self.watch('greeting', plain(text))
+        return code, text
+
     def _get_socket(self, host, port, timeout):
-        return connect(host, port, timeout, self.tls, self.family)
+        return connect(host, port, timeout, self.tls, self.watch, self.family)
 
     def getreply(self):
         if self.file is None:
@@ -1430,17 +1476,17 @@ class Delivery:
     used: bool, a mail has gone this way, be it refused."""
 
     def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0,
-                 family=socket.AF_UNSPEC):
+                 watch=unwatched, family=socket.AF_UNSPEC):
         """Connects and hears the greeting. host, name (for EHLO): str; tls:
         an ssl.SSLContext if TLS begins at once; redact: callable(str) -> str,
         takes secrets out of what the server says; debuglevel: 1 or more logs
-        the dialogue at INFO; family: AF_INET or AF_INET6 if no other will do.
-        Raises OSError, ValueError or LookupError (an impossible host name),
-        ImportError."""
+        the dialogue at INFO; watch: see unwatched(); family: AF_INET or
+        AF_INET6 if no other will do. Raises OSError, ValueError or
+        LookupError (an impossible host name), ImportError."""
         self._host, self._port = host, port
         self._redact, self._debuglevel = redact, debuglevel
         self._smtp = dialogue_class()(
-            host, port, name, tls, redact, debuglevel, family)
+            host, port, name, tls, redact, debuglevel, watch, family)
         self._smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._under_way = None      # the Envelope behind the last final dot
         self._unfinished = False    # a transaction needs RSET
@@ -1464,10 +1510,16 @@ class Delivery:
         """What EHLO said behind that word (str), or None."""
         return self._smtp.esmtp_features.get(extension.lower())
 
+    def offered(self):
+        """All that EHLO said, 'SIZE 1000' and so on, a list of str."""
+        return [' '.join([name.upper(), *dict.fromkeys(value.split())])
+                for name, value in self._smtp.esmtp_features.items()]
+
     def start_tls(self, context):
         """STARTTLS and a new EHLO. Raises OSError if it is not to be had:
         never go on in plain text then."""
         self._smtp.starttls(context=context)
+        self._smtp.watch('TLS', self._smtp.sock)
         self._smtp.ehlo()
 
     def ask(self, line):

@@ -2,6 +2,7 @@
 script. No smtpproxy here: it is a library."""
 import logging
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -156,6 +157,50 @@ class GettingThere(DeliveryCase):
                 self.assertSent(delivery.send(envelope(), HEADER, BODY))
 
                 self.assertIn('TLSv1', self.server.mails[0].tls)
+
+    def test_each_step_is_told(self):
+        for implicit, steps in (
+                (True, ['name', 'connect', 'TLS', 'greeting']),
+                (False, ['name', 'connect', 'greeting', 'TLS'])):
+            with self.subTest(implicit=implicit):
+                self.serve(tls=server_tls(), implicit=implicit)
+                told = {}
+                delivery = self.connect(client_tls() if implicit else None,
+                                        watch=told.__setitem__)
+                if not implicit:
+                    delivery.start_tls(client_tls())
+
+                self.assertEqual(steps, list(told))
+                self.assertEqual(('127.0.0.1', ['127.0.0.1']), told['name'])
+                self.assertEqual(self.server.address, told['connect'])
+                self.assertEqual('fake ESMTP', told['greeting'])
+
+    def found(self, *addresses):
+        """What getaddrinfo says, of (address, port)."""
+        return mock.patch('socket.getaddrinfo', return_value=[(
+            socket.AF_INET6 if ':' in where[0] else socket.AF_INET,
+            socket.SOCK_STREAM, 6, '', where) for where in addresses])
+
+    def test_the_next_address_is_tried_where_one_leads_nowhere(self):
+        server, closed = self.serve(), socket.socket()
+        self.addCleanup(closed.close)
+        closed.bind(('127.0.0.1', 0))
+
+        with self.found(closed.getsockname(), server.address):
+            self.assertSent(self.connect().send(envelope(), HEADER, BODY))
+
+    def test_one_address_of_each_family_comes_first(self):
+        v4, other_v4, v6 = ('192.0.2.1', 25), ('192.0.2.2', 25), ('::1', 25)
+        refuse = mock.Mock(side_effect=ConnectionRefusedError)
+
+        with self.found(v4, other_v4, v6), mock.patch(
+                'smtps.connected', refuse), self.assertRaises(OSError):
+            smtps.connect('x.org', 25, 30)
+
+        self.assertEqual([v4, v6, other_v4],
+                         [call[0][3] for call in refuse.call_args_list])
+        self.assertEqual({smtps.ADDRESS_TIME},
+                         {call[0][4] for call in refuse.call_args_list})
 
     def test_no_starttls_is_an_error(self):
         delivery = self.delivery()

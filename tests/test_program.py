@@ -472,6 +472,17 @@ class Demo(ProgramCase):
             self.assertIn(word, self.output())
         self.assertEqual(['said'], os.listdir(self.folder))
 
+    def test_the_demo_shows_a_sign_in_as_well(self):
+        process = self.begin('--demo', 'oauth')
+
+        self.assertEqual(0, self.end(process, 20))
+
+        for word in ('type the code:     DEMO-CODE', 'and agree', 'stored as',
+                     'login: taken by xoauth2', 'accepted', 'sent to',
+                     'Subject: It works'):
+            self.assertIn(word, self.output())
+        self.assertEqual(['said'], os.listdir(self.folder))
+
     @unittest.skipIf(signal.getsignal(signal.SIGINT) == signal.SIG_IGN,
                      'started in the background: no interrupts')
     def test_an_interrupt_ends_it_without_a_traceback(self):

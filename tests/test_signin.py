@@ -18,11 +18,12 @@ import urllib.request
 from unittest import mock
 
 import smtpproxy
+import smtps
 from smtpproxy import SignInNeeded, TokenDenied, TokenServerAway
 from tests.case import FolderCase, OTHER, SENDER
-from tests.fakes import (CERTIFICATE, Clock, DROP, FakeProxy, FakeTokenServer,
-                         HANG, RESET, USER, dribble, http, server_tls,
-                         wait_until)
+from tests.fakes import (CERTIFICATE, Clock, DROP, FakeProxy, FakeSMTP,
+                         FakeTokenServer, HANG, RESET, USER, dribble, http,
+                         server_tls, wait_until)
 from tests.test_relay import RelayCase
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -237,7 +238,7 @@ class Moods(SignInCase):
         grant = self.signed_in()
 
         with mock.patch('socket.getaddrinfo', return_value=found), mock.patch(
-                'smtpproxy.ADDRESS_TIME', 0.1):
+                'smtps.ADDRESS_TIME', 0.1):
             self.assertEqual('access-2', grant.access_token())
 
     def full_listener(self):
@@ -265,7 +266,7 @@ class Moods(SignInCase):
 
         with mock.patch('socket.getaddrinfo', return_value=six + four), (
                 mock.patch('socket.socket', Socket)):
-            smtpproxy.connect_in_turn(('x', 1), time.monotonic() + 9).close()
+            smtps.connect('x', 1, 9).close()
 
         self.assertEqual([socket.AF_INET6, socket.AF_INET], tried)
 
@@ -1025,13 +1026,23 @@ class Browser(SignInCase):
 
 # Nobody may be unable to read this Python, so all is imported early.
 LOGIN = '''
-import encodings.idna, email.utils, fcntl, http.client, json, shlex, sys
+import encodings.idna, email.utils, fcntl, http.client, json, shlex, smtplib
+import sys
 import smtpproxy
 sys.exit(smtpproxy.main(sys.argv[1:]))
 '''
 
 
 class Commands(SignInCase):
+    """self.upstream: the account's smtphost."""
+
+    def setUp(self):
+        super().setUp()
+        self.upstream = self.serve(FakeSMTP(mechanisms=['XOAUTH2']))
+
+    def ini(self, more='', section=SENDER):
+        return super().ini('smtpport=%d\n%s' % (self.upstream.port, more),
+                           section)
 
     def command(self, *arguments):
         """(exit code, all that was said)."""
@@ -1056,15 +1067,18 @@ class Commands(SignInCase):
         self.assertEqual(0, code, said)
         self.assertIn(self.file(), said)
         self.assertIn('%s, c@d' % SENDER, said)
+        self.assertIn('takes this sign-in for me@example.org', said)
+        self.assertEqual(1, len(self.upstream.logins))
         self.assertEqual('refresh-1', self.stored()['refresh'])
 
     def test_smtphost_has_the_last_word(self):
         self.ini()
+        self.upstream.script['AUTH'] = '535 5.7.139 switched off'
 
-        with mock.patch('smtpproxy.trial', return_value=False):
-            code, _ = self.login()
+        code, said = self.login()
 
         self.assertEqual(1, code)
+        self.assertRegex(said, r'failed: login at .* refused .*5\.7\.139')
         self.assertEqual('refresh-1', self.stored()['refresh'])
 
     def test_a_login_that_fails_leaves_what_was_there(self):

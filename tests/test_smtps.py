@@ -10,6 +10,7 @@ by one, must come to the same, so most dialogues are held in all three ways.
     M: sender -> recipients of a mail that the program took
     =: the bytes of that mail
 """
+import base64
 import contextlib
 import logging
 import os
@@ -430,6 +431,17 @@ class Dialects(ListenerCase):
                 HELLO + 'C: AUTH PLAIN AHUAd3Jvbmc=\nS: 535 5.7.8\n'
                 'L: u wrong\n' + MAIL, 'a guest')])
         self.assertGreater(time.monotonic() - begin, 0.15)
+
+    def test_a_program_says_what_may_be_offered(self):
+        text = base64.b64encode(b'user=me\1auth=Bearer T\1\1').decode()
+        with mock.patch.object(Keeper, 'mechanisms', ('XOAUTH2',)):
+            client = self.client()
+            self.assertIn('\nAUTH XOAUTH2\n', client.command('EHLO x')[1])
+            self.table([(HELLO + row, 'XOAUTH2') for row in (
+                'C: AUTH PLAIN AHUAcA==\nS: 504 5.5.4 AUTH takes XOAUTH2',
+                'C: AUTH XOAUTH2 %s\nS: 235\nL: me T' % text,
+                'C: auth xoauth2\nS: 334 \nC: %s\nS: 235\nL: me T' % text,
+                'C: AUTH XOAUTH2 dXNlcj1tZQ==\nS: 501')])
 
     def test_a_challenge_keeps_its_trailing_blank(self):
         """phpBB reads until byte 4 of a line is a blank."""
