@@ -53,8 +53,9 @@ Settings
     come in lower case, the values as they were written.
 
 The logger
-    debug, info, warning, error, exception as in the module logging, and
-    1.x's log, logwarn, logerr, logdebug; each takes the text.
+    debug, info, warning, error, critical, exception as in the module
+    logging, and 1.x's log, logwarn, logerr, logdebug; each takes the text.
+    What is critical is in the log even with level=NONE.
 """
 
 import abc

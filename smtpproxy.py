@@ -779,7 +779,8 @@ class HandlerLog:
 
     at = functools.partialmethod
     log = info = at(write, logging.INFO)
-    logerr = error = critical = at(write, logging.ERROR)
+    logerr = error = at(write, logging.ERROR)
+    critical = at(write, logging.CRITICAL)
     logwarn = warning = warn = at(write, logging.WARNING)
     logdebug = debug = at(write, logging.DEBUG)
     exception = at(write, logging.ERROR, exc_info=True)

@@ -206,7 +206,8 @@ class Of1x(HandlerCase):
     def test_the_logger_has_the_names_of_1_x_and_of_logging(self):
         names = {'log': 'INFO', 'logerr': 'ERROR', 'logwarn': 'WARNING',
                  'logdebug': 'DEBUG', 'debug': 'DEBUG', 'info': 'INFO',
-                 'warning': 'WARNING', 'error': 'ERROR', 'exception': 'ERROR'}
+                 'warning': 'WARNING', 'error': 'ERROR', 'exception': 'ERROR',
+                 'critical': 'CRITICAL'}
         id = self.through(''.join(
             'self.logger.%s("by %s: 100%%")\n' % (name, name)
             for name in names) + 'return True')
@@ -215,6 +216,17 @@ class Of1x(HandlerCase):
         for name, level in names.items():
             with self.subTest(name):
                 self.assertLogged(level, id, 'by %s: 100%%' % name)
+
+    def test_what_is_critical_is_written_at_level_none(self):
+        id = self.through('self.logger.error("small")\n'
+                          'self.logger.critical("the house burns")\n'
+                          'return True', accounts={
+                              SENDER: self.account(),
+                              'logging': {'level': 'NONE'}})
+        self.assertDelivered([A])
+
+        self.assertLogged('CRITICAL', id, 'the house burns')
+        self.assertNotLogged('small')
 
 
 class Verdicts(HandlerCase):
