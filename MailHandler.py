@@ -22,6 +22,11 @@ At start, in the main thread
     here is named in the log and skipped; the others work. Import `email` and
     other large modules inside the methods that need them: boxes are small.
 
+Neighbours
+    `import camera` finds handlers/camera.py, behind all modules of Python.
+    A module without such a class is a helper for others: it is named in the
+    log at level INFO. SIGHUP reads all of them anew.
+
 For each mail, in the relay thread
     handleMessage of each enabled handler, in the same order, one mail at a
     time, before the mail's account is looked up. Each handler gets the mail

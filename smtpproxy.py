@@ -1619,17 +1619,22 @@ class Callback:
 
 
 class Handlers:
-    """The enabled plug-ins, in alphabetical order."""
+    """The enabled plug-ins, in alphabetical order. helpers: names of modules
+    beside them that hold none; problems: [str], what the owner should mend."""
 
     def __init__(self, settings):
         """Loads handlers/*.py. What can't be loaded is logged and skipped."""
-        self.enabled, self.problems = [], []
+        self.enabled, self.helpers, self.problems = [], [], []
         unknown = dict(settings.handlers)
+        self.make_neighbours()
         for name in self.names():
-            options = unknown.pop(name, {})
+            options = unknown.pop(name, None)
             try:
-                for handler in self.load(name):
-                    self.prepare(name, handler, options)
+                found = self.load(name)
+                for handler in found:
+                    self.prepare(name, handler, options or {})
+                if not found:
+                    self.note_helper(name, options)
             except BaseException as error:      # sys.exit() as well
                 self.problem(name, 'cannot be loaded and is skipped: %s'
                              % (missing_module(error) if isinstance(
@@ -1642,6 +1647,31 @@ class Handlers:
     def problem(self, name, text):
         self.problems.append('handler %s %s' % (name, text))
         log.error('%s', self.problems[-1])
+
+    def note_helper(self, name, options):
+        """A module without a handler: others import it."""
+        if options is not None:
+            self.problem(name, 'is in the ini, but handlers/%s.py has no '
+                         'class derived from MailHandler' % name)
+            return
+        self.helpers.append(name)
+        log.info('handlers/%s.py is no handler: a module for others to import',
+                 name)
+
+    @staticmethod
+    def make_neighbours():
+        """A handler may import what lies beside it, as with 1.x. The folder
+        comes last, so that nothing there takes the place of a module of
+        Python; a reload reads anew what was imported from there."""
+        import importlib
+        folder = os.path.join(HOME, 'handlers')
+        if folder not in sys.path:
+            sys.path.append(folder)
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, '__file__', None) or ''
+            if os.path.dirname(file) == folder:
+                del sys.modules[name]
+        importlib.invalidate_caches()
 
     @staticmethod
     def names():
@@ -1665,12 +1695,9 @@ class Handlers:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        found = [kind() for kind in vars(module).values()
-                 if isinstance(kind, type) and issubclass(kind, MailHandler)
-                 and kind.__module__ == module.__name__]
-        if not found:
-            raise TypeError('it has no class derived from MailHandler')
-        return found
+        return [kind() for kind in vars(module).values()
+                if isinstance(kind, type) and issubclass(kind, MailHandler)
+                and kind.__module__ == module.__name__]
 
     def prepare(self, name, handler, options):
         logger = HandlerLog(name)
@@ -3283,6 +3310,9 @@ def check(settings, options):
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
         tell('handler %s is enabled' % name)
+    for name in handlers.helpers:
+        tell('handlers/%s.py is no handler: a module for others to import'
+             % name)
     for line in settings.warnings + handlers.problems:
         tell('warning: ' + line)
     for line in problems:

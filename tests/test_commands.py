@@ -350,6 +350,7 @@ class Check(CommandCase):
     def test_handlers_and_warnings_are_named(self):
         self.write('handlers/bad.py', '1 / 0')
         self.write('handlers/good.py', REWRITE)
+        self.write('handlers/shared.py', 'WORD = 1')
         self.ini(accounts={SENDER: self.account(
             smtpusername='me', smtppassword='50%%')})
 
@@ -359,6 +360,7 @@ class Check(CommandCase):
 
         self.assertEqual(0, code)
         for word in ('handler good is enabled', 'handler bad',
+                     'handlers/shared.py is no handler',
                      'smtppassword has %%'):
             self.assertIn(word, out)
 

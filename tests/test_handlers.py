@@ -60,9 +60,11 @@ class HandlerCase(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        patch = mock.patch.object(smtpproxy, 'HOME', self.folder)
-        patch.start()
-        self.addCleanup(patch.stop)
+        for patch in (mock.patch.object(smtpproxy, 'HOME', self.folder),
+                      mock.patch.object(sys, 'path', sys.path[:]),
+                      mock.patch.dict(sys.modules)):
+            patch.start()
+            self.addCleanup(patch.stop)
         bytecode = mock.patch.object(sys, 'dont_write_bytecode', True)
         bytecode.start()
         self.addCleanup(bytecode.stop)
@@ -114,7 +116,6 @@ class Loading(HandlerCase):
         'raises': ('1 / 0', 'ZeroDivisionError'),
         'exits': ('raise SystemExit(3)', 'SystemExit'),
         'throws': ('raise type("Odd", (BaseException,), {})', 'Odd'),
-        'empty': ('', 'no class'),
         'lacks': (GOOD.replace('isEnabled', 'enabled'), 'isEnabled'),
         'needs': (GOOD.replace(
             'def isEnabled(self)', 'def __init__(self, more): pass\n    def '
@@ -168,12 +169,65 @@ class Loading(HandlerCase):
 
         self.assertLogged('ERROR', 'missing', 'handlers/missing.py')
 
+    def test_a_section_for_what_is_no_handler_is_named(self):
+        self.module('')
+        self.start(more='[handler example]\nenabled=true\n')
+
+        self.assertLogged('ERROR', 'handlers/example.py', 'no class')
+
     def test_no_folder_of_handlers_is_no_error(self):
         self.start()
         self.submit()
 
         self.assertDelivered([A])
         self.assertNotLogged('ERROR')
+
+
+class Neighbours(HandlerCase):
+    """With 1.x handlers/ was in the path of Python."""
+
+    def through_a_neighbour(self, name, word='WORD'):
+        """A mail through a handler that imports that module."""
+        self.module('import %s\n' % name + TEMPLATE + (
+            '        self.logger.log(str(%s.%s))\n' % (name, word)) + RETURN)
+        self.start()
+        self.submit()
+        self.assertDelivered([A])
+
+    def test_a_handler_may_import_its_neighbour(self):
+        self.module('WORD = "from next door"', 'shared')
+
+        self.through_a_neighbour('shared')
+
+        self.assertLogged('from next door')
+        self.assertLogged('INFO', 'handlers/shared.py is no handler')
+        self.assertNotLogged('ERROR')
+
+    def test_a_neighbour_that_is_a_handler_is_made_once(self):
+        self.module(TEMPLATE.replace('saw it', 'once') + RETURN
+                    + 'WORD = "both"', 'other')
+
+        self.through_a_neighbour('other')
+
+        self.assertLogged('both')
+        self.assertEqual(1, self.log().count('once'))
+
+    def test_none_takes_the_place_of_a_module_of_python(self):
+        self.module('ONE_THIRD = "ours"', 'colorsys')
+
+        self.through_a_neighbour('colorsys', 'ONE_THIRD')
+
+        self.assertLogged('0.333')
+
+    def test_a_reload_takes_a_changed_neighbour(self):
+        self.module('WORD = "old"', 'shared')
+        self.through_a_neighbour('shared')
+        self.module('WORD = "quite new"', 'shared')
+
+        self.proxy.reload()
+        self.submit()
+
+        self.assertLogged('quite new')
 
 
 class Of1x(HandlerCase):
