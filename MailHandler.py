@@ -83,9 +83,11 @@ class MailHandler(abc.ABC):
     def setConfig(self, config):
         """Take the keys of [handler NAME], a dict of str to str.
 
-        Without such a section the dict is empty. A wrong value is best
-        logged here, once, and answered with False by isEnabled. Handlers
-        without settings need not define this.
+        Without such a section the dict is empty. What is wrong with the
+        values may be returned as a list of str, each a sentence for the
+        owner: the start and --check show them. Whether the handler is of
+        use all the same is for isEnabled to say. Handlers without settings
+        need not define this.
         """
 
     @abc.abstractmethod

@@ -1703,7 +1703,9 @@ class Handlers:
         logger = HandlerLog(name)
         handler.setLogger(logger)
         if hasattr(handler, 'setConfig'):
-            handler.setConfig(dict(options))
+            complaints = handler.setConfig(dict(options))
+            for text in complaints if isinstance(complaints, list) else ():
+                self.problem(name + ':', text)
         if handler.isEnabled():
             self.enabled.append((name, handler, logger))
 
@@ -3719,7 +3721,7 @@ def serve(settings):
     signals = Signals()
     proxy = Proxy(settings)
     proxy.start()
-    for warning in settings.warnings:
+    for warning in settings.warnings + proxy.handlers.problems:
         if not on_terminal():           # there the log has shown it
             say(warning)
     say('%s listens on %s' % (VERSION, proxy.ports()), sys.stdout)

@@ -351,6 +351,10 @@ class Check(CommandCase):
         self.write('handlers/bad.py', '1 / 0')
         self.write('handlers/good.py', REWRITE)
         self.write('handlers/shared.py', 'WORD = 1')
+        self.write('handlers/picky.py', REWRITE + '''
+    def setConfig(self, config):
+        return ['it wants colour=red', 'and size=9']
+''')
         self.ini(accounts={SENDER: self.account(
             smtpusername='me', smtppassword='50%%')})
 
@@ -361,6 +365,8 @@ class Check(CommandCase):
         self.assertEqual(0, code)
         for word in ('handler good is enabled', 'handler bad',
                      'handlers/shared.py is no handler',
+                     'warning: handler picky: it wants colour=red\n',
+                     'warning: handler picky: and size=9\n',
                      'smtppassword has %%'):
             self.assertIn(word, out)
 

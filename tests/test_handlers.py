@@ -164,6 +164,17 @@ class Loading(HandlerCase):
 
         self.assertLogged('keys {}')
 
+    def test_what_a_handler_says_of_its_section_is_in_the_log(self):
+        text = TEMPLATE.replace('def isEnabled(self):', (
+            'def setConfig(self, config):\n'
+            '        return ["no key %s" % key for key in config]\n'
+            '    def isEnabled(self):'))
+        self.module(text + RETURN)
+        self.start(more='[handler example]\ncolour=red\nsize=9\n')
+
+        self.assertLogged('ERROR', 'handler example: no key colour')
+        self.assertLogged('ERROR', 'handler example: no key size')
+
     def test_a_section_without_a_handler_is_named(self):
         self.start(more='[handler missing]\nenabled=true\n')
 

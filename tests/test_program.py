@@ -309,6 +309,15 @@ class Service(ProgramCase):
 
         self.terminate(process)
 
+    def test_a_start_says_what_is_wrong_with_a_handler(self):
+        self.ini(more='[handler rewriteaddress]\nenabled=true\nto @b=c@d\n')
+        process = self.run_service()
+        wait_until(lambda: 'listens on' in self.output())
+
+        self.assertIn('handler rewriteaddress: it stays off: wrong: to @b=c@d',
+                      self.output())
+        self.terminate(process)
+
     def test_kill_9_loses_nothing(self):
         self.upstream.script['MAIL'] = '451 4.3.0 later'
         self.ini({'sleeptime': 600})
