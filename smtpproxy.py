@@ -142,6 +142,23 @@ def word(text, warn):
     return one_line(text, warn)
 
 
+def host_name(text, warn):
+    """A name or an address. What looks like more than that stays as it is,
+    but its owner is told what was probably meant."""
+    found = re.match(r'''["']?(?:\w+://)?([^\s/#;,"']*)''', text)[1]
+    user, at, host = found.rpartition('@')
+    port = re.fullmatch(r'(\[.*\]|[^:]*):(\d+)', host)
+    host = (port[1] if port else host).strip('[]')
+    if at:
+        warn('holds an @: a server is meant here, no mail address; %s, '
+             'perhaps?' % host)
+    elif host != text:
+        warn('is more than the name of a server: write only %s%s' % (
+            host, port and '; %s has a key of its own, the port' % port[2]
+            or ''))
+    return one_line(text, warn)
+
+
 def mail_address(text, warn):
     """'a@b' or 'Name <a@b>'."""
     if text and not re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|'
@@ -171,7 +188,7 @@ DAY = 86400     # seconds
 class Config(NamedTuple):
     """[config]"""
     port: port_number = 25
-    host: one_line = ''
+    host: host_name = ''
     sleeptime: Capped(1, DAY) = 30
     debuglevel: Capped(0, 2) = 0
     waitafterpop: Capped(0, 3600) = 5
@@ -201,7 +218,7 @@ class Logging(NamedTuple):
 class Account(NamedTuple):
     """One sender's way out: [<address>], [*@domain] or [default]."""
     localhostname: word = ''
-    smtphost: one_line = ''
+    smtphost: host_name = ''
     smtpport: port_number = 0
     smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
     smtpusername: one_line = ''
@@ -212,7 +229,7 @@ class Account(NamedTuple):
     tlsverify: boolean = True
     tlscafile: pem_file = ''
     popbeforesmtp: boolean = False
-    pophost: one_line = ''
+    pophost: host_name = ''
     popport: port_number = 995
     popssl: boolean = True
     popusername: one_line = ''
@@ -349,6 +366,7 @@ class IniReader:
                 handlers[section.split(None, 1)[1].strip()] = dict(
                     self.parser[section])
             elif not name.startswith('\1'):
+                self.check_name(section, name)
                 accounts[name] = self.read_section(section, Account)
             seen.add(name)
         self.resolve(accounts)
@@ -361,6 +379,19 @@ class IniReader:
     def complain(self, section, key, what):
         self.mistakes.append('%s: [%s] %s%s' % (
             self.path, section, key and key + ' ', what))
+
+    def check_name(self, section, name):
+        """Warns of a name that no sender has."""
+        meant = bare_address(name).strip('"\'')
+        user, at, domain = meant.rpartition('@')
+        if domain == '*':
+            meant = 'default'
+        elif at and (not user or '*' in user):
+            meant = '*@' + domain
+        if meant != name:
+            self.warnings.append(
+                '%s: [%s] is the address of no sender: do you mean [%s]?'
+                % (self.path, section, meant))
 
     def warn(self, section, key, what):
         self.warnings.append('%s: [%s] %s %s' % (

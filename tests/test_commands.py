@@ -356,7 +356,7 @@ class Check(CommandCase):
         return ['it wants colour=red', 'and size=9']
 ''')
         self.ini(accounts={SENDER: self.account(
-            smtpusername='me', smtppassword='50%%')})
+            smtphost='mx:25', smtpusername='me', smtppassword='50%%')})
 
         with mock.patch.object(smtpproxy, 'HOME', self.folder), \
                 mock.patch.object(sys, 'dont_write_bytecode', True):
@@ -367,7 +367,7 @@ class Check(CommandCase):
                      'handlers/shared.py is no handler',
                      'warning: handler picky: it wants colour=red\n',
                      'warning: handler picky: and size=9\n',
-                     'smtppassword has %%'):
+                     'smtppassword has %%', 'write only mx; 25 has a key'):
             self.assertIn(word, out)
 
     def test_works_beside_a_running_service(self):
