@@ -23,6 +23,7 @@ import heapq
 import os
 import queue
 import re
+import select
 import signal
 import socket
 import stat
@@ -3126,7 +3127,20 @@ def open_itself(name, folder=None):
                        dir_fd=folder)
 
 
+def is_missing(host):
+    """Is this an address, not a name, that this box has not got (yet)?"""
+    try:
+        (family, kind, *_, address), *_ = socket.getaddrinfo(
+            host, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except OSError as error:
+        return error.errno == errno.EADDRNOTAVAIL
+    return False
+
+
 GRACE = 8.0                 # seconds for what is under way at a stop
+ADDRESS_WAIT = 60           # seconds; START_WAIT in smtpproxy.init.d is longer
 
 
 class Proxy:
@@ -3135,8 +3149,10 @@ class Proxy:
     hint = ('. If SIGHUP was meant to stop it: that was 1.x, install the '
             'present smtpproxy.init.d')
 
-    def __init__(self, settings):
+    def __init__(self, settings, pause=time.sleep):
+        """pause: callable(seconds), may raise what ends the start."""
         self.settings, self.started = settings, settings.config
+        self.pause = pause
         self.spool = Spool(settings.config.msgdir)
         self.server = smtps.Server(self.make_session, hostname=HOST)
 
@@ -3159,6 +3175,7 @@ class Proxy:
     def prepare(self):
         config = self.settings.config
         self.server.limits = self.limits(self.settings)
+        self.wait_for_address(config.host)
         self.listen(config.host, config.port)
         if config.tlsport:
             self.listen(config.host, config.tlsport, tls=True)
@@ -3181,6 +3198,17 @@ class Proxy:
     def make_session(self, client):
         return Intake(client, self.spool, self.settings, self.relay,
                       bool(self.handlers.enabled))
+
+    def wait_for_address(self, host):
+        """At boot we may be faster than DHCP. Whatever else is wrong with a
+        host fails at once, in listen()."""
+        waited = 0
+        while host and waited < ADDRESS_WAIT and is_missing(host):
+            if not waited:
+                say('host=%s is no address of this box yet: waiting up to %d '
+                    'seconds for it' % (host, ADDRESS_WAIT))
+            self.pause(1)
+            waited += 1
 
     def listen(self, host, port, tls=False):
         try:
@@ -3704,6 +3732,15 @@ COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
             'show': show, 'handler_test': handler_test}
 
 
+class Stopped(Exception):
+    """The owner has stopped the service before all was up."""
+
+
+def asks_to_stop(came):
+    """Is SIGTERM or SIGINT among these numbers (bytes)?"""
+    return signal.SIGTERM in came or signal.SIGINT in came
+
+
 class Signals:
     """What the owner asks of the service: SIGTERM and SIGINT to stop, SIGHUP
     to reload. None is missed, whenever it comes: the interpreter writes its
@@ -3714,6 +3751,7 @@ class Signals:
 
     def __init__(self):
         self._reader, writer = os.pipe()    # closed in what is started
+        self._kept = b''
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in self.OURS:
@@ -3724,7 +3762,16 @@ class Signals:
 
     def wait(self):
         """The numbers (bytes) of those that came since the last time."""
-        return os.read(self._reader, 65536)
+        came, self._kept = self._kept, b''
+        return came or os.read(self._reader, 65536)
+
+    def pause(self, seconds):
+        """Sleeps, less if a signal comes. Raises Stopped; any other signal
+        is kept for wait()."""
+        if select.select([self._reader], [], [], seconds)[0]:
+            self._kept += os.read(self._reader, 65536)
+        if asks_to_stop(self._kept):
+            raise Stopped
 
     def ignore(self):
         """From now on. While the interpreter goes down it would not, and
@@ -3750,8 +3797,12 @@ def serve(settings):
     """Until SIGTERM or SIGINT, also if that comes before all is up. Raises
     StartError."""
     signals = Signals()
-    proxy = Proxy(settings)
-    proxy.start()
+    proxy = Proxy(settings, signals.pause)
+    try:
+        proxy.start()
+    except Stopped:
+        signals.ignore()
+        return 0
     for warning in settings.warnings + proxy.handlers.problems:
         if not on_terminal():           # there the log has shown it
             say(warning)
@@ -3765,7 +3816,7 @@ def serve(settings):
 def serve_until_stopped(proxy, signals):
     while True:
         came = signals.wait()
-        if signal.SIGTERM in came or signal.SIGINT in came:
+        if asks_to_stop(came):
             return
         try:
             proxy.reload()

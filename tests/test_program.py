@@ -9,6 +9,7 @@ import sys
 import time
 import unittest
 
+import smtpproxy
 from tests.case import A, SENDER, ProxyCase
 from tests.fakes import Client, FakePOP, wait_until
 
@@ -262,6 +263,20 @@ class Service(ProgramCase):
         self.assertEqual(0, self.end(process))
         self.assertLogged('listens on port')
         self.assertLogged('stopped')
+
+    def test_a_sigterm_ends_the_wait_for_an_address(self):
+        self.ini({'host': '192.0.2.1'})
+        process = self.begin()
+        wait_until(lambda: 'waiting up to 60 seconds' in self.output())
+
+        process.send_signal(signal.SIGHUP)      # is not lost, nor an end
+        self.assertLess(self.terminate(process), 5)
+
+    def test_the_init_script_waits_longer_than_we_for_an_address(self):
+        with open(os.path.join(TOP, 'smtpproxy.init.d')) as file:
+            patience = re.search(r'(?m)^START_WAIT=(\d+)', file.read())[1]
+
+        self.assertGreaterEqual(int(patience), smtpproxy.ADDRESS_WAIT + 30)
 
     def test_sigterm_again_and_again_is_still_a_clean_end(self):
         self.ini()
