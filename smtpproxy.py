@@ -1187,6 +1187,12 @@ class Spool:
         except OSError:
             return False
 
+    def is_gone(self, error):
+        """Does an OSError say that a file is gone? Not if all of msgs/ is
+        away: then the file may come back, and be sent again."""
+        return isinstance(error, FileNotFoundError) and (
+            self.lock is None or self.is_there())
+
     # Time and ids.
 
     def now(self):
@@ -1225,15 +1231,25 @@ class Spool:
             mail = Mail(id, self.path(id, 'mail'), data)
             if data is not None:
                 return mail
-        except FileNotFoundError:
-            if self.lock is None or self.is_there():
+        except FileNotFoundError as error:
+            if self.is_gone(error):
                 return None
-            raise                       # all of msgs/ is away, not this mail
+            raise
         if to_send and id < self.first_own:
             mail.verify()
         vars(mail).update(self.unsaved.get(id, {}))
         self.epoch += max(0, mail.seen - self.now())
         return mail
+
+    def may_be_parked(self, id):
+        """False if it surely is not. Reads the end of its file only, where
+        the state that parked it is the last."""
+        try:
+            with open(self.path(id, 'mail'), 'rb', buffering=0) as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+                return id in self.unsaved or b'"parked": true' in file.read()
+        except OSError:
+            return True
 
     def remember(self, id, data):
         """Spares the relay to read what was just written."""
@@ -1297,13 +1313,13 @@ class Spool:
         """Forgets a mail."""
         try:
             os.unlink(mail.path)
-        except FileNotFoundError:
-            pass
         except OSError as error:
-            self.delivered.add(mail.id)
-            log.error('%s: done, but its file cannot be removed: %s; it will '
-                      'not be sent again as long as we run', mail.id, error)
-            return
+            if not self.is_gone(error):
+                self.delivered.add(mail.id)
+                log.error('%s: done, but its file cannot be removed: %s; it '
+                          'will not be sent again as long as we run', mail.id,
+                          error)
+                return
         self.delivered.discard(mail.id)
         self.unsaved.pop(mail.id, None)
 
@@ -1354,9 +1370,12 @@ class Spool:
     # All of them.
 
     def scan(self):
-        """The ids of all mails here, oldest first. Touches no file."""
+        """The ids of all mails here, oldest first. Touches no file. Raises
+        OSError."""
         ids = [name[:-5] for name in os.listdir(self.folder)
                if name.endswith('.mail') and self.ID.fullmatch(name[:-5])]
+        if not ids and self.lock is not None and not self.is_there():
+            raise FileNotFoundError(errno.ENOENT, 'it is away', self.folder)
         return sorted(id for id in ids if id not in self.drafts)
 
     def start(self):
@@ -1402,10 +1421,9 @@ class Spool:
         for id in list(self.delivered):
             try:
                 os.unlink(self.path(id, 'mail'))
-            except FileNotFoundError:
-                pass
-            except OSError:
-                continue                # said already
+            except OSError as error:
+                if not self.is_gone(error):
+                    continue            # said already
             self.delivered.discard(id)
 
     # Requests of the queue commands, which may run beside the service.
@@ -2550,7 +2568,7 @@ class Relay:
         self.destinations = {}          # {Account.connection: Destination}
         self._dissolved = []            # not in the ini any more, but a thread
                                         # of theirs may have a mail in hand
-        self._last_round = clock()
+        self._last_round = -FOREVER     # what was asked for comes first
         self._reloaded = False          # the relay thread has to rescan
         self._last_errno = None
         self._thread = threading.Thread(target=self._run, name='relay',
@@ -2624,19 +2642,19 @@ class Relay:
                 self._let_all_go(self.unrouted)
 
     def _do_next(self):
-        if self._reloaded:
-            self._reloaded = False
-            self._rescan()
         next_round = self._last_round + self.settings.config.sleeptime
-        id = self.unrouted.take(max(0.0, next_round - self.clock()))
-        if id:
-            self._route(id)
         if self.clock() >= next_round:
             self._make_round()
+            return
+        id = self.unrouted.take(next_round - self.clock())
+        if id:
+            self._route(id)
 
     def _make_round(self):
         """What is left over, and what the owner has asked for."""
         self._last_round = self.clock()
+        if self._reloaded:
+            self._rescan()
         self.spool.bury()
         for path, id, what in self.spool.asked():
             self._serve_request(path, id, what)
@@ -2698,15 +2716,18 @@ class Relay:
         except Unreadable as error:
             self.spool.set_aside(id + '.mail', error)
         except OSError as error:
-            # Once, if all of msgs/ is away.
-            log.log(logging.DEBUG if error.errno == self._last_errno
-                    else logging.ERROR, '%s: cannot be read: %s; it is tried '
-                    'again later', id, error)
-            self._last_errno = error.errno
+            self._note_unreadable(id, error)
             self._let_go(id, queue_, self._in_a_while())
             return None
         queue_.done(id)
         return None
+
+    def _note_unreadable(self, what, error):
+        """Once, if all of msgs/ is away."""
+        log.log(logging.DEBUG if error.errno == self._last_errno
+                else logging.ERROR, '%s: cannot be read: %s; it is tried '
+                'again later', what, error)
+        self._last_errno = error.errno
 
     def _let_go(self, id, queue_, when=0.0):
         """Out of the hands of this thread: when: it may be tried again; None:
@@ -2752,7 +2773,10 @@ class Relay:
         """After a reload: every mail finds its way anew, and what is parked
         is tried once more. What a thread has in hand just now may fail in the
         next moment: for that the owner's wish is left as a request."""
-        found = self.spool.scan()       # first: if it fails nothing is lost
+        found = self._scan()
+        if found is None:
+            return                      # the next round does it
+        self._reloaded = False          # before settings are looked at
         known = {account.connection
                  for account in self.settings.accounts.values()}
         for key in [k for k in self.destinations if k not in known]:
@@ -2764,11 +2788,9 @@ class Relay:
                 in_hand.update(destination.in_hand)
                 waiting.update(self._withdraw_all(destination))
             destination.retry()
-        for id in set(found) - waiting - in_hand:
-            if not self.unrouted.closed:
-                self._revive(id)
-        for id in in_hand:
-            self.spool.ask(id, 'retry')
+        for id in found:
+            if id in in_hand or id not in waiting and not self._revive(id):
+                self._ask_again(id)
 
     def _withdraw_all(self, destination):
         """All that waits there has to find its way anew; returns the ids. The
@@ -2779,27 +2801,46 @@ class Relay:
             self.unrouted.add(id)
         return ids
 
+    def _scan(self):
+        """The ids of all mails; None if msgs/ can't be read just now."""
+        try:
+            return self.spool.scan()
+        except OSError as error:
+            self._note_unreadable(self.spool.folder, error)
+            return None
+
     def _revive(self, id):
         """A mail that no destination has: if it is parked, it is tried again,
-        and goes on with that after a crash."""
-        self.unrouted.add(id)
-        if not self.unrouted.claim(id):
-            return                      # we are closed
+        and goes on with that after a crash. False if it can't be read now."""
+        if not self.unrouted.add(id) or not self.spool.may_be_parked(id):
+            return True                 # we are closed; or its turn comes
+        self.unrouted.claim(id)
         mail = self._load(id, self.unrouted, to_send=False)
         if mail is None:
-            return
+            return id not in self.unrouted
         if mail.parked:
             mail.parked = False
             self.spool.save(mail)
         self.unrouted.give_back(id)
+        return True
+
+    def _ask_again(self, id):
+        """Leaves the owner's wish for a new try for later."""
+        try:
+            self.spool.ask(id, 'retry')
+        except OSError as error:
+            log.error('%s: the new try that was asked for cannot be noted: '
+                      '%s; ask again with --retry %s', id, error, id)
 
     # The owner's requests. A request's file goes when it has been done, so
     # that a crash forgets none.
 
     def _serve_request(self, path, id, what):
         if id == 'all' and what == 'retry':
-            self._retry_all()
-        elif Spool.ID.fullmatch(id) and not self._serve(id, what):
+            done = self._retry_all()
+        else:
+            done = not Spool.ID.fullmatch(id) or self._serve(id, what)
+        if not done:
             return                          # the next time we look
         try:
             os.unlink(path)
@@ -2807,26 +2848,32 @@ class Relay:
             log.error('%s cannot be removed: %s', path, error)
 
     def _retry_all(self):
-        found = self.spool.scan()
+        """Whether it could be done."""
+        found = self._scan()
+        if found is None:
+            return False
         for destination in list(self.destinations.values()):
             destination.retry()
         for id in found:
             queue_ = self.queue_of(id)
             if queue_ in (None, self.unrouted):
-                self._revive(id)
+                if not self._revive(id):
+                    self._ask_again(id)
             elif id in queue_.in_hand:
-                self.spool.ask(id, 'retry')
+                self._ask_again(id)
+        return True
 
     def _serve(self, id, what):
-        """Whether it could be done: a mail that a thread has in hand, or that
-        is still being received, has to wait."""
+        """Whether it could be done: a mail that a thread has in hand, that
+        is still being received, or that can't be read has to wait."""
         queue_ = self.queue_of(id) or self.unrouted
         if id in self.spool.drafts or id in queue_.in_hand:
             return False
         if what == 'delete':
             return self._discard(id, queue_)
         if what == 'retry' and queue_ is self.unrouted:
-            self._revive(id)
+            if not self._revive(id):
+                return False
             if self.unrouted.claim(id):
                 self._route(id)
             queue_ = self.queue_of(id)
@@ -3382,9 +3429,14 @@ def check(settings, options):
     return 1 if problems else 0
 
 
-def mails(spool):
-    """The mails that wait, oldest first."""
-    for id in spool.scan() if os.path.isdir(spool.folder) else ():
+def waiting(spool):
+    """The ids of the mails that wait, oldest first."""
+    return spool.scan() if os.path.isdir(spool.folder) else []
+
+
+def mails(spool, ids):
+    """The mails of these ids, as far as they can be read."""
+    for id in ids:
         try:
             mail = spool.load(id)
         except (Unfinished, Unreadable, FileNotFoundError):
@@ -3425,7 +3477,7 @@ def next_try(row, settings):
 def queue_rows(spool):
     """[{what a script gets of a mail that waits}]"""
     rows, newest = [], (0, '')
-    for mail in mails(spool):       # one at a time: there may be thousands
+    for mail in mails(spool, waiting(spool)):   # one at a time, of thousands
         rows.append(queue_row(mail))
         newest = max(newest, (max(arrival(mail.id), mail.seen), mail.path))
     now = spool_time(*newest)
@@ -3476,27 +3528,34 @@ def command_spool(settings):
 
 
 def ask(settings, options):
-    """--retry ID|all and --delete ID: by the service if it runs, else here."""
+    """--retry ID|all and --delete ID: by the service if it runs. Without it a
+    mail is deleted here, and a retry left for the next start: that goes on in
+    the spool's own time, which nobody knows meanwhile."""
     what = 'retry' if options.retry else 'delete'
     id, spool = options.retry or options.delete, command_spool(settings)
-    if not os.path.isdir(spool.folder) or id not in spool.scan() and not (
-            id == what == 'retry' or (id, what) == ('all', 'retry')):
+    if (id, what) != ('all', 'retry') and id not in waiting(spool):
         say('there is no mail %s in %s; see --queue' % (id, spool.folder))
         return 1
     try:
         spool.open(patience=0)
     except Busy:
         return ask_service(spool, id, what, settings.config.sleeptime)
-    for mail in list(mails(spool)):
-        if mail.id == id and what == 'delete':
-            spool.remove(mail)
-        elif id in (mail.id, 'all') and mail.parked:
-            mail.parked = False
-            spool.save(mail)
-    spool.close()
-    tell('deleted' if what == 'delete' else
-         'the service does not run; it tries it when it starts')
+    try:                            # a service that starts now waits for us
+        act(spool, id, what)
+    finally:
+        spool.close()
     return 0
+
+
+def act(spool, id, what):
+    """What is asked for while no service runs."""
+    if what == 'retry':
+        spool.ask(id, what)
+        tell('the service does not run; it tries it when it starts')
+        return
+    with contextlib.suppress(FileNotFoundError):    # sent a moment ago
+        os.unlink(spool.path(id, 'mail'))
+    tell('deleted')
 
 
 def ask_service(spool, id, what, sleeptime):
@@ -3515,12 +3574,12 @@ def ask_service(spool, id, what, sleeptime):
 
 def show(settings, options):
     """--show ID: the mail as it would be sent."""
-    for mail in mails(command_spool(settings)):
-        if mail.id == options.show:
-            account = settings.account_for(mail.frm) or Account()
-            show_message(smtps.unstuffed(dress(mail, account))
-                         + mail.msg[smtps.split_header(mail.msg):])
-            return 0
+    spool = command_spool(settings)
+    for mail in mails(spool, {options.show}.intersection(waiting(spool))):
+        account = settings.account_for(mail.frm) or Account()
+        show_message(smtps.unstuffed(dress(mail, account))
+                     + mail.msg[smtps.split_header(mail.msg):])
+        return 0
     say('there is no mail %s; see --queue' % options.show)
     return 1
 
