@@ -587,7 +587,8 @@ def warn_of_folder(path):
     if not os.path.isdir(path) or not os.stat(path).st_mode & 0o077:
         return []
     return ['%s: others on this box can read or change what is in it: '
-            'chmod 700 %s' % (path, path)]
+            'chmod 700 %s (on CIFS or FAT: options of its mount)'
+            % (path, path)]
 
 
 def warn_of_program(ini):
@@ -1007,13 +1008,41 @@ class Mail:
         self._msg = bytes(value)
 
 
+# What a file system says that can't do a thing at all: CIFS, FUSE, NFS, FAT.
+UNABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
+          errno.EISDIR}
+HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # by another
+
+named = set()           # what the log has of that already
+
+
+def name_once(path, what, error):
+    """Says what a file system can't do; it is used without."""
+    if what not in named:
+        named.add(what)
+        log.warning('%s: its file system cannot %s: %s; it is used without',
+                    path, what, error.strerror)
+
+
 def sync_folder(path):
-    """Makes names last: POSIX wants the folder synced as well."""
+    """Makes names last: POSIX wants the folder synced as well. Raises
+    OSError."""
     folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        sync_open_folder(folder, path)
     finally:
         os.close(folder)
+
+
+def sync_open_folder(folder, path):
+    """The same by its descriptor. Without it a power cut may cost the name
+    of a file, on a file system that does not order that by itself."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in UNABLE:
+            raise
+        name_once(path, 'sync folders', error)
 
 
 class Draft:
@@ -1096,6 +1125,27 @@ class Busy(Exception):
     """Another process works on this msgs/."""
 
 
+class NoLocks(OSError):
+    """Nobody can tell whether another process works on this msgs/."""
+
+
+def take_lock(file, patience):
+    """The lock on an open file or folder. Raises Busy if another has it for
+    so many seconds, OSError if there is none to be had."""
+    import fcntl
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in HELD:
+                raise
+        if time.monotonic() > end:
+            raise Busy
+        time.sleep(0.05)
+
+
 class Spool:
     """msgs/, the only owner of its files. What the client said is what the
     server will be told: ID.mail is Batch SMTP, plain text.
@@ -1121,18 +1171,20 @@ class Spool:
 
     Beside them: corrupt/ for what can't be read, asked/ for requests of the
     queue commands (ID.retry, ID.delete). Only the process that holds the lock
-    on the folder changes anything but asked/.
+    on the folder (or on .lock, where folders have none) changes anything but
+    asked/.
 
     Time: ids and ages count seconds that this spool has seen with a service
     running, not the box's clock, which may begin in 1970 and jump. They go on
     where they were: each state says when it was saved."""
 
     ID = re.compile(r'[0-9a-f]{8}-[0-9a-f]{5}')
-    OURS = ('corrupt', 'asked')
+    OURS = ('corrupt', 'asked', '.lock')
 
     def __init__(self, folder, clock=time.monotonic):
         self.folder, self.clock = folder, clock
         self.lock = self.place = None       # a descriptor, its os.fstat()
+        self.lock_file = None               # another, where folders have none
         self.epoch = time.time() - clock()
         self.sequence = int.from_bytes(os.urandom(2), 'big')
         self.counting = threading.Lock()    # guards sequence and names
@@ -1150,22 +1202,33 @@ class Spool:
     # Who may work here.
 
     def open(self, patience=2.0):
-        """Makes the folder if need be and locks it. Raises Busy or OSError;
-        patience: seconds to wait for a queue command that has the lock."""
-        import fcntl
+        """Makes the folder if need be and locks it. Raises Busy, NoLocks or
+        OSError; patience: seconds to wait for a queue command that has the
+        lock."""
         self.make_folder(self.folder)
-        lock = os.open(self.folder, os.O_RDONLY)
-        end = time.monotonic() + patience
-        while True:
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            self.take_lock(patience)
+            self.place = os.fstat(self.lock)
+        except BaseException:
+            self.close()
+            raise
+
+    def take_lock(self, patience):
+        """Of the folder; of a file in it where the file system can't lock
+        folders. Without any lock two services could send everything twice."""
+        try:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    os.close(lock)
-                    raise Busy(self.folder)
-                time.sleep(0.05)
-        self.lock, self.place = lock, os.fstat(lock)
+                take_lock(self.lock, patience)
+            except OSError as error:
+                if error.errno not in UNABLE | {errno.EBADF}:   # NFS
+                    raise
+                name_once(self.folder, 'lock folders', error)
+                self.lock_file = os.open(os.path.join(self.folder, '.lock'),
+                                         os.O_RDWR | os.O_CREAT, 0o600)
+                take_lock(self.lock_file, patience)
+        except OSError as error:
+            raise NoLocks(error.errno, error.strerror, self.folder) from error
 
     @staticmethod
     def make_folder(path):
@@ -1175,9 +1238,10 @@ class Spool:
             sync_folder(os.path.dirname(os.path.abspath(path)))
 
     def close(self):
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        for file in self.lock, self.lock_file:
+            if file is not None:
+                os.close(file)
+        self.lock = self.lock_file = None
 
     def is_there(self):
         """Is it still the folder that we have locked? A disk may be away."""
@@ -1362,7 +1426,7 @@ class Spool:
         """Makes all names last; whether it was in the folder that is locked:
         then no other needs to be opened. Raises OSError."""
         if self.is_there():
-            os.fsync(self.lock)
+            sync_open_folder(self.lock, self.folder)
             return True
         sync_folder(self.folder)
         return False
@@ -3149,6 +3213,10 @@ def hand_over(folder, names, owner):
             for name in ['.'] + os.listdir(there):
                 if re.fullmatch(names, name):
                     give(there, name, owner)
+        except OSError as error:        # its mount may say whose all of it is
+            if error.errno not in UNABLE | {errno.EPERM}:
+                raise
+            name_once(folder, 'change owners', error)
         finally:
             os.close(there)
 
@@ -3340,6 +3408,11 @@ class Proxy:
         except Busy:
             raise StartError('another smtpproxy works on %s: stop that one '
                              'first, or set another msgdir=' % folder)
+        except NoLocks as error:
+            raise StartError('%s cannot be locked: %s; without a lock a '
+                             'second service could send all mail twice: set '
+                             'msgdir= to a folder on a disk of this box' % (
+                                 folder, error.strerror))
         except OSError as error:
             raise StartError('%s cannot be used: %s; it must be a folder that '
                              'user %s may write to' % (

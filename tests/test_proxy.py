@@ -506,6 +506,17 @@ class Root(ProxyCase):
 
         self.assertOwner(self.user.pw_uid, 'roots', 'roots/mail')
 
+    def test_a_file_system_without_owners_is_named_once_and_used(self):
+        self.write('msgs/1.mail', '')
+        for number in errno.EPERM, errno.ENOTSUP, errno.EINVAL:
+            smtpproxy.named.clear()
+            with mock.patch('os.fchown', side_effect=OSError(number, 'no')), \
+                    self.assertLogs('smtpproxy', 'WARNING') as logged:
+                self.hand_over()
+            self.assertEqual(1, len(logged.output))
+            self.assertIn(self.path('msgs') + ': its file system cannot change '
+                          'owners', logged.output[0])
+
     def test_a_log_that_can_not_begin_anew_is_named(self):
         with mock.patch.object(os, 'access', return_value=False):
             self.start()
