@@ -3907,7 +3907,9 @@ class Signals:
 
     def ignore(self):
         """From now on. While the interpreter goes down it would not, and
-        exit code 0 would be lost."""
+        exit code 0 would be lost. Blocked first, so that none comes in
+        between: Python would complain of it on stderr."""
+        self._block()
         for number in self.OURS:
             signal.signal(number, signal.SIG_IGN)
 
