@@ -23,6 +23,7 @@ import heapq
 import os
 import queue
 import re
+import select
 import signal
 import socket
 import stat
@@ -152,6 +153,23 @@ def word(text, warn):
     return one_line(text, warn)
 
 
+def host_name(text, warn):
+    """A name or an address. What looks like more than that stays as it is,
+    but its owner is told what was probably meant."""
+    found = re.match(r'''["']?(?:\w+://)?([^\s/#;,"']*)''', text)[1]
+    user, at, host = found.rpartition('@')
+    port = re.fullmatch(r'(\[.*\]|[^:]*):(\d+)', host)
+    host = (port[1] if port else host).strip('[]')
+    if at:
+        warn('holds an @: a server is meant here, no mail address; %s, '
+             'perhaps?' % host)
+    elif host != text:
+        warn('is more than the name of a server: write only %s%s' % (
+            host, port and '; %s has a key of its own, the port' % port[2]
+            or ''))
+    return one_line(text, warn)
+
+
 def mail_address(text, warn):
     """'a@b' or 'Name <a@b>'."""
     if text and not re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|'
@@ -181,7 +199,7 @@ DAY = 86400     # seconds
 class Config(NamedTuple):
     """[config]"""
     port: port_number = 25
-    host: one_line = ''
+    host: host_name = ''
     sleeptime: Capped(1, DAY) = 30
     debuglevel: Capped(0, 2) = 0
     waitafterpop: Capped(0, 3600) = 5
@@ -213,7 +231,7 @@ class Account(NamedTuple):
     """One sender's way out: [<address>], [*@domain] or [default]."""
     localhostname: word = ''
     ipversion: Choice('any', '4', '6') = 'any'
-    smtphost: one_line = ''
+    smtphost: host_name = ''
     smtpport: port_number = 0
     smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
     smtpusername: one_line = ''
@@ -225,7 +243,7 @@ class Account(NamedTuple):
     tlsverify: boolean = True
     tlscafile: pem_file = ''
     popbeforesmtp: boolean = False
-    pophost: one_line = ''
+    pophost: host_name = ''
     popport: port_number = 995
     popssl: boolean_or_tls = True
     popusername: one_line = ''
@@ -407,6 +425,7 @@ class IniReader:
                 handlers[section.split(None, 1)[1].strip()] = dict(
                     self.parser[section])
             elif not name.startswith('\1'):
+                self.check_name(section, name)
                 accounts[name] = self.read_section(section, Account)
             seen.add(name)
         self.resolve(accounts)
@@ -421,6 +440,19 @@ class IniReader:
     def complain(self, section, key, what):
         self.mistakes.append('%s: [%s] %s%s' % (
             self.path, section, key and key + ' ', what))
+
+    def check_name(self, section, name):
+        """Warns of a name that no sender has."""
+        meant = bare_address(name).strip('"\'')
+        user, at, domain = meant.rpartition('@')
+        if domain == '*':
+            meant = 'default'
+        elif at and (not user or '*' in user):
+            meant = '*@' + domain
+        if meant != name:
+            self.warnings.append(
+                '%s: [%s] is the address of no sender: do you mean [%s]?'
+                % (self.path, section, meant))
 
     def warn(self, section, key, what):
         self.warnings.append('%s: [%s] %s %s' % (
@@ -745,7 +777,8 @@ def warn_of_folder(path):
     if not os.path.isdir(path) or not os.stat(path).st_mode & 0o077:
         return []
     return ['%s: others on this box can read or change what is in it: '
-            'chmod 700 %s' % (path, path)]
+            'chmod 700 %s (on CIFS or FAT: options of its mount)'
+            % (path, path)]
 
 
 def warn_of_program(ini):
@@ -969,7 +1002,8 @@ class HandlerLog:
 
     at = functools.partialmethod
     log = info = at(write, logging.INFO)
-    logerr = error = critical = at(write, logging.ERROR)
+    logerr = error = at(write, logging.ERROR)
+    critical = at(write, logging.CRITICAL)
     logwarn = warning = warn = at(write, logging.WARNING)
     logdebug = debug = at(write, logging.DEBUG)
     exception = at(write, logging.ERROR, exc_info=True)
@@ -1164,13 +1198,41 @@ class Mail:
         self._msg = bytes(value)
 
 
+# What a file system says that can't do a thing at all: CIFS, FUSE, NFS, FAT.
+UNABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
+          errno.EISDIR}
+HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # by another
+
+named = set()           # what the log has of that already
+
+
+def name_once(path, what, error):
+    """Says what a file system can't do; it is used without."""
+    if what not in named:
+        named.add(what)
+        log.warning('%s: its file system cannot %s: %s; it is used without',
+                    path, what, error.strerror)
+
+
 def sync_folder(path):
-    """Makes names last: POSIX wants the folder synced as well."""
+    """Makes names last: POSIX wants the folder synced as well. Raises
+    OSError."""
     folder = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        sync_open_folder(folder, path)
     finally:
         os.close(folder)
+
+
+def sync_open_folder(folder, path):
+    """The same by its descriptor. Without it a power cut may cost the name
+    of a file, on a file system that does not order that by itself."""
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in UNABLE:
+            raise
+        name_once(path, 'sync folders', error)
 
 
 class Draft:
@@ -1253,6 +1315,27 @@ class Busy(Exception):
     """Another process works on this msgs/."""
 
 
+class NoLocks(OSError):
+    """Nobody can tell whether another process works on this msgs/."""
+
+
+def take_lock(file, patience):
+    """The lock on an open file or folder. Raises Busy if another has it for
+    so many seconds, OSError if there is none to be had."""
+    import fcntl
+    end = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in HELD:
+                raise
+        if time.monotonic() > end:
+            raise Busy
+        time.sleep(0.05)
+
+
 class Spool:
     """msgs/, the only owner of its files. What the client said is what the
     server will be told: ID.mail is Batch SMTP, plain text.
@@ -1278,18 +1361,20 @@ class Spool:
 
     Beside them: corrupt/ for what can't be read, asked/ for requests of the
     queue commands (ID.retry, ID.delete). Only the process that holds the lock
-    on the folder changes anything but asked/.
+    on the folder (or on .lock, where folders have none) changes anything but
+    asked/.
 
     Time: ids and ages count seconds that this spool has seen with a service
     running, not the box's clock, which may begin in 1970 and jump. They go on
     where they were: each state says when it was saved."""
 
     ID = re.compile(r'[0-9a-f]{8}-[0-9a-f]{5}')
-    OURS = ('corrupt', 'asked')
+    OURS = ('corrupt', 'asked', '.lock')
 
     def __init__(self, folder, clock=time.monotonic):
         self.folder, self.clock = folder, clock
         self.lock = self.place = None       # a descriptor, its os.fstat()
+        self.lock_file = None               # another, where folders have none
         self.epoch = time.time() - clock()
         self.sequence = int.from_bytes(os.urandom(2), 'big')
         self.counting = threading.Lock()    # guards sequence and names
@@ -1307,22 +1392,33 @@ class Spool:
     # Who may work here.
 
     def open(self, patience=2.0):
-        """Makes the folder if need be and locks it. Raises Busy or OSError;
-        patience: seconds to wait for a queue command that has the lock."""
-        import fcntl
+        """Makes the folder if need be and locks it. Raises Busy, NoLocks or
+        OSError; patience: seconds to wait for a queue command that has the
+        lock."""
         self.make_folder(self.folder)
-        lock = os.open(self.folder, os.O_RDONLY)
-        end = time.monotonic() + patience
-        while True:
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            self.take_lock(patience)
+            self.place = os.fstat(self.lock)
+        except BaseException:
+            self.close()
+            raise
+
+    def take_lock(self, patience):
+        """Of the folder; of a file in it where the file system can't lock
+        folders. Without any lock two services could send everything twice."""
+        try:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    os.close(lock)
-                    raise Busy(self.folder)
-                time.sleep(0.05)
-        self.lock, self.place = lock, os.fstat(lock)
+                take_lock(self.lock, patience)
+            except OSError as error:
+                if error.errno not in UNABLE | {errno.EBADF}:   # NFS
+                    raise
+                name_once(self.folder, 'lock folders', error)
+                self.lock_file = os.open(os.path.join(self.folder, '.lock'),
+                                         os.O_RDWR | os.O_CREAT, 0o600)
+                take_lock(self.lock_file, patience)
+        except OSError as error:
+            raise NoLocks(error.errno, error.strerror, self.folder) from error
 
     @staticmethod
     def make_folder(path):
@@ -1332,9 +1428,10 @@ class Spool:
             sync_folder(os.path.dirname(os.path.abspath(path)))
 
     def close(self):
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
+        for file in self.lock, self.lock_file:
+            if file is not None:
+                os.close(file)
+        self.lock = self.lock_file = None
 
     def is_there(self):
         """Is it still the folder that we have locked? A disk may be away."""
@@ -1343,6 +1440,12 @@ class Spool:
                 os.stat(self.folder), self.place)
         except OSError:
             return False
+
+    def is_gone(self, error):
+        """Does an OSError say that a file is gone? Not if all of msgs/ is
+        away: then the file may come back, and be sent again."""
+        return isinstance(error, FileNotFoundError) and (
+            self.lock is None or self.is_there())
 
     # Time and ids.
 
@@ -1378,15 +1481,25 @@ class Spool:
             mail = Mail(id, self.path(id, 'mail'), data)
             if data is not None:
                 return mail
-        except FileNotFoundError:
-            if self.lock is None or self.is_there():
+        except FileNotFoundError as error:
+            if self.is_gone(error):
                 return None
-            raise                       # all of msgs/ is away, not this mail
+            raise
         if to_send and id < self.first_own:
             mail.verify()
         vars(mail).update(self.unsaved.get(id, {}))
         self.epoch += max(0, mail.seen - self.now())
         return mail
+
+    def may_be_parked(self, id):
+        """False if it surely is not. Reads the end of its file only, where
+        the state that parked it is the last."""
+        try:
+            with open(self.path(id, 'mail'), 'rb', buffering=0) as file:
+                file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
+                return id in self.unsaved or b'"parked": true' in file.read()
+        except OSError:
+            return True
 
     def remember(self, id, data):
         """Spares the relay to read what was just written."""
@@ -1450,13 +1563,13 @@ class Spool:
         """Forgets a mail."""
         try:
             os.unlink(mail.path)
-        except FileNotFoundError:
-            pass
         except OSError as error:
-            self.delivered.add(mail.id)
-            log.error('%s: done, but its file cannot be removed: %s; it will '
-                      'not be sent again as long as we run', mail.id, error)
-            return
+            if not self.is_gone(error):
+                self.delivered.add(mail.id)
+                log.error('%s: done, but its file cannot be removed: %s; it '
+                          'will not be sent again as long as we run', mail.id,
+                          error)
+                return
         self.delivered.discard(mail.id)
         self.unsaved.pop(mail.id, None)
 
@@ -1499,7 +1612,7 @@ class Spool:
         """Makes all names last; whether it was in the folder that is locked:
         then no other needs to be opened. Raises OSError."""
         if self.is_there():
-            os.fsync(self.lock)
+            sync_open_folder(self.lock, self.folder)
             return True
         sync_folder(self.folder)
         return False
@@ -1507,9 +1620,12 @@ class Spool:
     # All of them.
 
     def scan(self):
-        """The ids of all mails here, oldest first. Touches no file."""
+        """The ids of all mails here, oldest first. Touches no file. Raises
+        OSError."""
         ids = [name[:-5] for name in os.listdir(self.folder)
                if name.endswith('.mail') and self.ID.fullmatch(name[:-5])]
+        if not ids and self.lock is not None and not self.is_there():
+            raise FileNotFoundError(errno.ENOENT, 'it is away', self.folder)
         return sorted(id for id in ids if id not in self.drafts)
 
     def start(self):
@@ -1555,10 +1671,9 @@ class Spool:
         for id in list(self.delivered):
             try:
                 os.unlink(self.path(id, 'mail'))
-            except FileNotFoundError:
-                pass
-            except OSError:
-                continue                # said already
+            except OSError as error:
+                if not self.is_gone(error):
+                    continue            # said already
             self.delivered.discard(id)
 
     # Requests of the queue commands, which may run beside the service.
@@ -1804,17 +1919,22 @@ class Callback:
 
 
 class Handlers:
-    """The enabled plug-ins, in alphabetical order."""
+    """The enabled plug-ins, in alphabetical order. helpers: names of modules
+    beside them that hold none; problems: [str], what the owner should mend."""
 
     def __init__(self, settings):
         """Loads handlers/*.py. What can't be loaded is logged and skipped."""
-        self.enabled, self.problems = [], []
+        self.enabled, self.helpers, self.problems = [], [], []
         unknown = dict(settings.handlers)
+        self.make_neighbours()
         for name in self.names():
-            options = unknown.pop(name, {})
+            options = unknown.pop(name, None)
             try:
-                for handler in self.load(name):
-                    self.prepare(name, handler, options)
+                found = self.load(name)
+                for handler in found:
+                    self.prepare(name, handler, options or {})
+                if not found:
+                    self.note_helper(name, options)
             except BaseException as error:      # sys.exit() as well
                 self.problem(name, 'cannot be loaded and is skipped: %s'
                              % (missing_module(error) if isinstance(
@@ -1827,6 +1947,31 @@ class Handlers:
     def problem(self, name, text):
         self.problems.append('handler %s %s' % (name, text))
         log.error('%s', self.problems[-1])
+
+    def note_helper(self, name, options):
+        """A module without a handler: others import it."""
+        if options is not None:
+            self.problem(name, 'is in the ini, but handlers/%s.py has no '
+                         'class derived from MailHandler' % name)
+            return
+        self.helpers.append(name)
+        log.info('handlers/%s.py is no handler: a module for others to import',
+                 name)
+
+    @staticmethod
+    def make_neighbours():
+        """A handler may import what lies beside it, as with 1.x. The folder
+        comes last, so that nothing there takes the place of a module of
+        Python; a reload reads anew what was imported from there."""
+        import importlib
+        folder = os.path.join(HOME, 'handlers')
+        if folder not in sys.path:
+            sys.path.append(folder)
+        for name, module in list(sys.modules.items()):
+            file = getattr(module, '__file__', None) or ''
+            if os.path.dirname(file) == folder:
+                del sys.modules[name]
+        importlib.invalidate_caches()
 
     @staticmethod
     def names():
@@ -1850,18 +1995,17 @@ class Handlers:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        found = [kind() for kind in vars(module).values()
-                 if isinstance(kind, type) and issubclass(kind, MailHandler)
-                 and kind.__module__ == module.__name__]
-        if not found:
-            raise TypeError('it has no class derived from MailHandler')
-        return found
+        return [kind() for kind in vars(module).values()
+                if isinstance(kind, type) and issubclass(kind, MailHandler)
+                and kind.__module__ == module.__name__]
 
     def prepare(self, name, handler, options):
         logger = HandlerLog(name)
         handler.setLogger(logger)
         if hasattr(handler, 'setConfig'):
-            handler.setConfig(dict(options))
+            complaints = handler.setConfig(dict(options))
+            for text in complaints if isinstance(complaints, list) else ():
+                self.problem(name + ':', text)
         if handler.isEnabled():
             self.enabled.append((name, handler, logger))
 
@@ -5247,7 +5391,7 @@ class Relay:
         self.grants = Grants(settings, clock)
         self.policy = FailurePolicy(spool, clock)
         self.queues = Queues(clock, self.grants, self._deliver)
-        self._last_round = clock()
+        self._last_round = -FOREVER     # what was asked for comes first
         self._reloaded = False          # the relay thread has to rescan
         self._last_errno = None
         self._thread = threading.Thread(target=self._run, name='relay',
@@ -5308,19 +5452,19 @@ class Relay:
                 self.queues.let_all_go(self.queues.unrouted, self.in_a_while())
 
     def _do_next(self):
-        if self._reloaded:
-            self._reloaded = False
-            self._rescan()
         next_round = self._last_round + self.settings.config.sleeptime
-        id = self.queues.unrouted.take(max(0.0, next_round - self._clock()))
-        if id:
-            self._route(id)
         if self._clock() >= next_round:
             self._make_round()
+            return
+        id = self.queues.unrouted.take(next_round - self._clock())
+        if id:
+            self._route(id)
 
     def _make_round(self):
         """What is left over, and what the owner has asked for."""
         self._last_round = self._clock()
+        if self._reloaded:
+            self._rescan()
         self._spool.bury()
         for path, id, what in self._spool.asked():
             self._serve_request(path, id, what)
@@ -5395,15 +5539,18 @@ class Relay:
         except Unreadable as error:
             self._spool.set_aside(id + '.mail', error)
         except OSError as error:
-            # Once, if all of msgs/ is away.
-            log.log(logging.DEBUG if error.errno == self._last_errno
-                    else logging.ERROR, '%s: cannot be read: %s; it is tried '
-                    'again later', id, error)
-            self._last_errno = error.errno
+            self._note_unreadable(id, error)
             self.queues.let_go(id, queue_, self.in_a_while())
             return None
         queue_.done(id)
         return None
+
+    def _note_unreadable(self, what, error):
+        """Once, if all of msgs/ is away."""
+        log.log(logging.DEBUG if error.errno == self._last_errno
+                else logging.ERROR, '%s: cannot be read: %s; it is tried '
+                'again later', what, error)
+        self._last_errno = error.errno
 
     def _handle(self, mail):
         """Runs the handlers, once a mail; False if it does not go on."""
@@ -5433,37 +5580,57 @@ class Relay:
         """After a reload: every mail finds its way anew, and what is parked
         is tried once more. What a thread has in hand just now may fail in the
         next moment: for that the owner's wish is left as a request."""
-        found = self._spool.scan()       # first: if it fails nothing is lost
+        found = self._scan()
+        if found is None:
+            return                      # the next round does it
+        self._reloaded = False          # before settings are looked at
         recalled, in_hand = self.queues.recall({
             account.connection for account in self.settings.accounts.values()})
         self.queues.retry_all()
-        for id in set(found) - recalled - in_hand:
-            if not self.queues.unrouted.closed:
-                self._revive(id)
-        for id in in_hand:
-            self._spool.ask(id, 'retry')
+        for id in found:
+            if id in in_hand or id not in recalled and not self._revive(id):
+                self._ask_again(id)
+
+    def _scan(self):
+        """The ids of all mails; None if msgs/ can't be read just now."""
+        try:
+            return self._spool.scan()
+        except OSError as error:
+            self._note_unreadable(self._spool.folder, error)
+            return None
 
     def _revive(self, id):
         """A mail that no destination has: if it is parked, it is tried again,
-        and goes on with that after a crash."""
-        self.queues.unrouted.add(id)
-        if not self.queues.unrouted.claim(id):
-            return                      # we are closed
+        and goes on with that after a crash. False if it can't be read now."""
+        if not self.queues.unrouted.add(id) or not self._spool.may_be_parked(id):
+            return True                 # we are closed; or its turn comes
+        self.queues.unrouted.claim(id)
         mail = self.load(id, self.queues.unrouted, to_send=False)
         if mail is None:
-            return
+            return id not in self.queues.unrouted
         if mail.parked:
             mail.parked = False
             self._spool.save(mail)
         self.queues.unrouted.give_back(id)
+        return True
+
+    def _ask_again(self, id):
+        """Leaves the owner's wish for a new try for later."""
+        try:
+            self._spool.ask(id, 'retry')
+        except OSError as error:
+            log.error('%s: the new try that was asked for cannot be noted: '
+                      '%s; ask again with --retry %s', id, error, id)
 
     # The owner's requests. A request's file goes when it has been done, so
     # that a crash forgets none.
 
     def _serve_request(self, path, id, what):
         if id == 'all' and what == 'retry':
-            self._retry_all()
-        elif Spool.ID.fullmatch(id) and not self._serve(id, what):
+            done = self._retry_all()
+        else:
+            done = not Spool.ID.fullmatch(id) or self._serve(id, what)
+        if not done:
             return                          # the next time we look
         try:
             os.unlink(path)
@@ -5471,25 +5638,31 @@ class Relay:
             log.error('%s cannot be removed: %s', path, error)
 
     def _retry_all(self):
-        found = self._spool.scan()
+        """Whether it could be done."""
+        found = self._scan()
+        if found is None:
+            return False
         self.queues.retry_all()
         for id in found:
             queue_ = self.queues.holder(id)
             if queue_ in (None, self.queues.unrouted):
-                self._revive(id)
+                if not self._revive(id):
+                    self._ask_again(id)
             elif id in queue_.in_hand:
-                self._spool.ask(id, 'retry')
+                self._ask_again(id)
+        return True
 
     def _serve(self, id, what):
-        """Whether it could be done: a mail that a thread has in hand, or that
-        is still being received, has to wait."""
+        """Whether it could be done: a mail that a thread has in hand, that
+        is still being received, or that can't be read has to wait."""
         queue_ = self.queues.holder(id) or self.queues.unrouted
         if id in self._spool.drafts or id in queue_.in_hand:
             return False
         if what == 'delete':
             return self._discard(id, queue_)
         if what == 'retry' and queue_ is self.queues.unrouted:
-            self._revive(id)
+            if not self._revive(id):
+                return False
             if self.queues.unrouted.claim(id):
                 self._route(id)
             queue_ = self.queues.holder(id)
@@ -5550,6 +5723,10 @@ def hand_over(folder, names, owner):
             for name in ['.'] + os.listdir(there):
                 if re.fullmatch(names, name):
                     give(there, name, owner)
+        except OSError as error:        # its mount may say whose all of it is
+            if error.errno not in UNABLE | {errno.EPERM}:
+                raise
+            name_once(folder, 'change owners', error)
         finally:
             os.close(there)
 
@@ -5575,7 +5752,20 @@ def open_itself(name, folder=None):
                        dir_fd=folder)
 
 
+def is_missing(host):
+    """Is this an address, not a name, that this box has not got (yet)?"""
+    try:
+        (family, kind, *_, address), *_ = socket.getaddrinfo(
+            host, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+        with socket.socket(family, kind) as probe:
+            probe.bind(address)
+    except OSError as error:
+        return error.errno == errno.EADDRNOTAVAIL
+    return False
+
+
 GRACE = 8.0                 # seconds for what is under way at a stop
+ADDRESS_WAIT = 60           # seconds; START_WAIT in smtpproxy.init.d is longer
 
 
 class Proxy:
@@ -5584,8 +5774,10 @@ class Proxy:
     hint = ('. If SIGHUP was meant to stop it: that was 1.x, install the '
             'present smtpproxy.init.d')
 
-    def __init__(self, settings):
+    def __init__(self, settings, pause=time.sleep):
+        """pause: callable(seconds), may raise what ends the start."""
         self.settings, self.started = settings, settings.config
+        self.pause = pause
         self.spool = Spool(settings.config.msgdir)
         self.server = smtps.Server(self.make_session, hostname=HOST)
 
@@ -5608,6 +5800,7 @@ class Proxy:
     def prepare(self):
         config = self.settings.config
         self.server.limits = self.limits(self.settings)
+        self.wait_for_address(config.host)
         self.listen(config.host, config.port)
         if config.tlsport:
             self.listen(config.host, config.tlsport, tls=True)
@@ -5629,6 +5822,17 @@ class Proxy:
     def make_session(self, client):
         return Intake(client, self.spool, self.settings, self.relay,
                       bool(self.handlers.enabled))
+
+    def wait_for_address(self, host):
+        """At boot we may be faster than DHCP. Whatever else is wrong with a
+        host fails at once, in listen()."""
+        waited = 0
+        while host and waited < ADDRESS_WAIT and is_missing(host):
+            if not waited:
+                say('host=%s is no address of this box yet: waiting up to %d '
+                    'seconds for it' % (host, ADDRESS_WAIT))
+            self.pause(1)
+            waited += 1
 
     def listen(self, host, port, tls=False):
         try:
@@ -5715,6 +5919,11 @@ class Proxy:
         except Busy:
             raise StartError('another smtpproxy works on %s: stop that one '
                              'first, or set another msgdir=' % folder)
+        except NoLocks as error:
+            raise StartError('%s cannot be locked: %s; without a lock a '
+                             'second service could send all mail twice: set '
+                             'msgdir= to a folder on a disk of this box' % (
+                                 folder, error.strerror))
         except OSError as error:
             raise StartError('%s cannot be used: %s; it must be a folder that '
                              'user %s may write to' % (
@@ -5822,6 +6031,9 @@ def check(settings, options):
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
         tell('handler %s is enabled' % name)
+    for name in handlers.helpers:
+        tell('handlers/%s.py is no handler: a module for others to import'
+             % name)
     for line in settings.warnings + handlers.problems + show_grants(
             settings):
         tell('warning: ' + line)
@@ -5843,9 +6055,14 @@ def show_grants(settings):
     return warnings
 
 
-def mails(spool):
-    """The mails that wait, oldest first."""
-    for id in spool.scan() if os.path.isdir(spool.folder) else ():
+def waiting(spool):
+    """The ids of the mails that wait, oldest first."""
+    return spool.scan() if os.path.isdir(spool.folder) else []
+
+
+def mails(spool, ids):
+    """The mails of these ids, as far as they can be read."""
+    for id in ids:
         try:
             mail = spool.load(id)
         except (Unfinished, Unreadable, FileNotFoundError):
@@ -5896,7 +6113,7 @@ def next_try(row, settings, needs_sign_in):
 def queue_rows(spool):
     """[{what a script gets of a mail that waits}]"""
     rows, newest = [], (0, '')
-    for mail in mails(spool):       # one at a time: there may be thousands
+    for mail in mails(spool, waiting(spool)):   # one at a time, of thousands
         rows.append(queue_row(mail))
         newest = max(newest, (max(arrival(mail.id), mail.seen), mail.path))
     now = spool_time(*newest)
@@ -5947,27 +6164,34 @@ def command_spool(settings):
 
 
 def ask(settings, options):
-    """--retry ID|all and --delete ID: by the service if it runs, else here."""
+    """--retry ID|all and --delete ID: by the service if it runs. Without it a
+    mail is deleted here, and a retry left for the next start: that goes on in
+    the spool's own time, which nobody knows meanwhile."""
     what = 'retry' if options.retry else 'delete'
     id, spool = options.retry or options.delete, command_spool(settings)
-    if not os.path.isdir(spool.folder) or id not in spool.scan() and not (
-            id == what == 'retry' or (id, what) == ('all', 'retry')):
+    if (id, what) != ('all', 'retry') and id not in waiting(spool):
         say('there is no mail %s in %s; see --queue' % (id, spool.folder))
         return 1
     try:
         spool.open(patience=0)
     except Busy:
         return ask_service(spool, id, what, settings.config.sleeptime)
-    for mail in list(mails(spool)):
-        if mail.id == id and what == 'delete':
-            spool.remove(mail)
-        elif id in (mail.id, 'all') and mail.parked:
-            mail.parked = False
-            spool.save(mail)
-    spool.close()
-    tell('deleted' if what == 'delete' else
-         'the service does not run; it tries it when it starts')
+    try:                            # a service that starts now waits for us
+        act(spool, id, what)
+    finally:
+        spool.close()
     return 0
+
+
+def act(spool, id, what):
+    """What is asked for while no service runs."""
+    if what == 'retry':
+        spool.ask(id, what)
+        tell('the service does not run; it tries it when it starts')
+        return
+    with contextlib.suppress(FileNotFoundError):    # sent a moment ago
+        os.unlink(spool.path(id, 'mail'))
+    tell('deleted')
 
 
 def ask_service(spool, id, what, sleeptime):
@@ -6055,27 +6279,17 @@ def tell_stored(settings, grant, answer):
 
 
 def retry_mails_of(settings, account):
-    """Has the waiting mail tried that goes out by this sign-in, parked mail
-    too; by the service if it runs."""
+    """Leaves a request to try the waiting mail that goes out by this sign-in,
+    parked mail too."""
     spool = Spool(settings.config.msgdir)
-    found = [mail for mail in mails(spool) if (settings.account_for(
-        mail.frm) or Account()).grant == account.grant]
-    if not found:
-        return
-    try:
-        spool.open(patience=0)
-    except Busy:
-        for mail in found:
-            spool.ask(mail.id, 'retry')
-        tell('The service is asked to try what waits: %d mails' % len(found))
-        return
-    for mail in found:
-        if mail.parked:
-            mail.parked = False
-            spool.save(mail)
-    spool.close()
-    tell('The service does not run; when it starts it tries %d mails'
-          % len(found))
+    found = [mail.id for mail in mails(spool, waiting(spool))
+             if (settings.account_for(mail.frm) or Account()).grant
+             == account.grant]
+    for id in found:
+        spool.ask(id, 'retry')
+    if found:
+        tell('What waits is tried within %d seconds, or when the service '
+             'starts: %d mails' % (settings.config.sleeptime, len(found)))
 
 
 def logout(settings, options):
@@ -6096,12 +6310,12 @@ def logout(settings, options):
 
 def show(settings, options):
     """--show ID: the mail as it would be sent."""
-    for mail in mails(command_spool(settings)):
-        if mail.id == options.show:
-            account = settings.account_for(mail.frm) or Account()
-            show_message(smtps.unstuffed(dress(mail, account))
-                         + mail.msg[smtps.split_header(mail.msg):])
-            return 0
+    spool = command_spool(settings)
+    for mail in mails(spool, {options.show}.intersection(waiting(spool))):
+        account = settings.account_for(mail.frm) or Account()
+        show_message(smtps.unstuffed(dress(mail, account))
+                     + mail.msg[smtps.split_header(mail.msg):])
+        return 0
     say('there is no mail %s; see --queue' % options.show)
     return 1
 
@@ -6658,6 +6872,15 @@ COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
             'logout': logout, 'test': test}
 
 
+class Stopped(Exception):
+    """The owner has stopped the service before all was up."""
+
+
+def asks_to_stop(came):
+    """Is SIGTERM or SIGINT among these numbers (bytes)?"""
+    return signal.SIGTERM in came or signal.SIGINT in came
+
+
 class Signals:
     """What the owner asks of the service: SIGTERM and SIGINT to stop, SIGHUP
     to reload. None is missed, whenever it comes: the interpreter writes its
@@ -6668,6 +6891,7 @@ class Signals:
 
     def __init__(self):
         self._reader, writer = os.pipe()    # closed in what is started
+        self._kept = b''
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         for number in self.OURS:
@@ -6678,7 +6902,16 @@ class Signals:
 
     def wait(self):
         """The numbers (bytes) of those that came since the last time."""
-        return os.read(self._reader, 65536)
+        came, self._kept = self._kept, b''
+        return came or os.read(self._reader, 65536)
+
+    def pause(self, seconds):
+        """Sleeps, less if a signal comes. Raises Stopped; any other signal
+        is kept for wait()."""
+        if select.select([self._reader], [], [], seconds)[0]:
+            self._kept += os.read(self._reader, 65536)
+        if asks_to_stop(self._kept):
+            raise Stopped
 
     def ignore(self):
         """From now on. While the interpreter goes down it would not, and
@@ -6706,9 +6939,13 @@ def serve(settings):
     """Until SIGTERM or SIGINT, also if that comes before all is up. Raises
     StartError."""
     signals = Signals()
-    proxy = Proxy(settings)
-    proxy.start()
-    for warning in settings.warnings:
+    proxy = Proxy(settings, signals.pause)
+    try:
+        proxy.start()
+    except Stopped:
+        signals.ignore()
+        return 0
+    for warning in settings.warnings + proxy.handlers.problems:
         if not on_terminal():           # there the log has shown it
             say(warning)
     say('%s listens on %s' % (VERSION, proxy.ports()), sys.stdout)
@@ -6721,7 +6958,7 @@ def serve(settings):
 def serve_until_stopped(proxy, signals):
     while True:
         came = signals.wait()
-        if signal.SIGTERM in came or signal.SIGINT in came:
+        if asks_to_stop(came):
             return
         try:
             proxy.reload()

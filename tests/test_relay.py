@@ -1,5 +1,6 @@
 """Relay: when each mail is tried, and what a failure means. Time is a Clock
 that the tests move; servers are real sockets that follow a script."""
+import contextlib
 import errno
 import os
 import shutil
@@ -268,7 +269,8 @@ class Parked(RelayCase):
 
         self.reload()
         self.gate.set()
-        wait_until(lambda: self.spool.load(id).parked and self.at_rest())
+        self.assertLogged(id, 'refused for good')
+        wait_until(self.at_rest)
         self.advance(10)
 
         self.assertDelivered([A])
@@ -805,6 +807,106 @@ class MoreConnections(RelayCase):
                 self.assertNotLogged('WARNING')
                 self.assertNotLogged('ERROR')
                 self.assertLess(self.upstream.connections, 8)
+
+
+class Away(RelayCase):
+    """A disk that is away for a moment: nothing is forgotten, nothing is
+    sent twice."""
+
+    def park(self):
+        self.upstream.script['RCPT'] = NEVER
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        wait_until(lambda: self.spool.load(id).parked and self.at_rest())
+        self.upstream.script.clear()
+        return id
+
+    @contextlib.contextmanager
+    def away(self, instead=False):
+        """msgs/ is elsewhere; instead: an empty folder is in its place."""
+        os.rename(self.path('msgs'), self.path('away'))
+        if instead:
+            os.mkdir(self.path('msgs'))
+        yield
+        if instead:
+            os.rmdir(self.path('msgs'))
+        os.rename(self.path('away'), self.path('msgs'))
+
+    @contextlib.contextmanager
+    def unreadable(self):
+        """No mail can be read: EIO."""
+        def open_(path, *arguments, **options):
+            if str(path).endswith('.mail'):
+                raise OSError(errno.EIO, 'Input/output error', path)
+            return real(path, *arguments, **options)
+        real = open
+        with mock.patch('builtins.open', open_):
+            yield
+
+    def test_a_reload_meanwhile_is_made_up_for(self):
+        for instead in False, True:
+            with self.subTest(instead=instead):
+                count = len(self.upstream.mails)
+                self.park()
+                with self.away(instead):
+                    self.reload()
+                    self.assertLogged(self.path('msgs'), 'cannot be read')
+                    self.advance(10)
+
+                self.advance_until(lambda: self.upstream.mails[count:], 10)
+
+                self.assertGone()
+                self.clear()
+                self.write('smtpproxy.log', '')
+
+    def test_a_parked_mail_that_cannot_be_read_is_tried_later(self):
+        for ask in self.reload, lambda: self.spool.ask('all', 'retry'):
+            with self.subTest(ask):
+                count = len(self.upstream.mails)
+                id = self.park()
+                with self.unreadable():
+                    ask()
+                    self.advance(10)
+                    self.assertLogged(id, 'cannot be read')
+
+                self.advance_until(lambda: self.upstream.mails[count:], 10)
+
+                self.assertGone()
+                self.assertEqual(count + 1, len(self.upstream.mails))
+                self.clear()
+
+    def test_a_mail_that_cannot_be_read_at_a_reload_is_in_one_place(self):
+        self.upstream.script['RCPT'] = [LATER, None]
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        self.tried(id, 1)
+        with self.unreadable():
+            for _ in range(3):
+                self.reload()
+                self.advance(10)
+                self.assertLessEqual(sum(
+                    id in queue for queue in self.relay.queues), 1)
+
+        self.advance_until(lambda: self.upstream.mails, 10)
+        self.advance(3600)
+
+        self.assertGone()
+        self.assertEqual(1, len(self.upstream.mails))
+
+    def test_what_was_delivered_meanwhile_is_not_sent_again(self):
+        self.upstream.script['.'] = self.wait_at_gate
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        wait_until(lambda: self.verbs('DATA'))
+        with self.away():
+            self.gate.set()
+            self.assertLogged('ERROR', id, 'cannot be removed')
+            self.advance(10)
+        self.reload()
+
+        self.advance_until(lambda: not self.spooled(), 10)
+
+        self.assertEqual(1, len(self.upstream.mails))
 
 
 class Misfortune(RelayCase):

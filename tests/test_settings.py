@@ -595,6 +595,47 @@ class Warnings(SettingsCase):
         self.assertIn('[e@f], [g@h] have the same smtphost',
                       self.warnings(one + same + other + third))
 
+    # smtphost, and what the warning says of it
+    HOSTS = (('smtp.x.com:587', 'only smtp.x.com; 587 has a key of its own'),
+             ('smtp://smtp.x.com', 'only smtp.x.com'),
+             ('smtps://smtp.x.com:465/', 'only smtp.x.com; 465 has'),
+             ('"smtp.x.com"', 'only smtp.x.com'), ('"mx":25', 'only mx'),
+             ('smtp.x.com # GMX', 'only smtp.x.com'),
+             ('mx;comment', 'only mx'), ('mx, my', 'only mx'),
+             ('[::1]', 'only ::1'), ('[::1]:25', 'only ::1; 25 has'),
+             ('me@x.com', 'no mail address; x.com, perhaps?'),
+             ('smtp://me:secret@mx:25', 'mx, perhaps?'))
+
+    def test_a_host_that_is_more_than_a_name_is_told_what_was_meant(self):
+        for key in 'smtphost', 'pophost', 'host':
+            section = 'config' if key == 'host' else 'a@b'
+            for text, meant in self.HOSTS:
+                with self.subTest(key, text=text):
+                    warnings = self.warnings('[%s]\n%s=%s\n%s' % (
+                        section, key, text, {
+                            'pophost': 'smtphost=mx\n', 'smtphost': '',
+                            'host': '[a@b]\nsmtphost=mx\n'}[key]))
+                    self.assertIn('[%s] %s ' % (section, key), warnings)
+                    self.assertIn(meant, warnings)
+                    self.assertNotIn('secret', warnings)
+
+    def test_a_name_and_an_address_are_hosts(self):
+        for host in ('mx', 'smtp.x.com', 'bücher.example', '192.0.2.1', '::1',
+                     'fe80::1%eth0', '2001:db8::25', 'my_box.lan.'):
+            with self.subTest(host):
+                self.assertEqual('', self.warnings(
+                    '[a@b]\nsmtphost=%s\n' % host))
+
+    def test_a_section_that_no_sender_has_is_told_what_was_meant(self):
+        for name, meant in (
+                ('Printer <p@home.lan>', 'p@home.lan'), ('<p@x>', 'p@x'),
+                ('"p@x"', 'p@x'), ('@home.lan', '*@home.lan'),
+                ('p*@home.lan', '*@home.lan'), ('*', 'default'),
+                ('*@*', 'default')):
+            with self.subTest(name):
+                self.assertIn('do you mean [%s]?' % meant, self.warnings(
+                    '[%s]\nsmtphost=mx\n' % name))
+
     def test_an_ini_without_an_account(self):
         self.assertIn('no account', self.warnings('[config]\n'))
 

@@ -1137,15 +1137,14 @@ class Commands(SignInCase):
         mail.parked = True
         spool.save(mail)
 
-        with contextlib.closing(spool):
-            _, said = self.login()
-            self.assertIn('1 mails', said)
-            self.assertEqual([draft.id + '.retry'],
-                             os.listdir(self.path('msgs', 'asked')))
-        self.login()
-
-        self.assertFalse(smtpproxy.Spool(
-            self.path('msgs')).load(draft.id).parked)
+        for running in True, False:
+            with self.subTest(running=running):
+                _, said = self.login()
+                self.assertIn('1 mails', said)
+                asked, = os.listdir(self.path('msgs', 'asked'))
+                self.assertEqual(draft.id + '.retry', asked)
+                os.unlink(self.path('msgs', 'asked', asked))
+                spool.close()
 
     def test_check_says_who_is_signed_in(self):
         self.ini()

@@ -294,6 +294,24 @@ class State(SpoolCase):
 
                 self.assertEqual([A, B], self.spool.load(self.id).to)
 
+    def test_the_end_of_its_file_tells_whether_it_may_be_parked(self):
+        self.spool.save(self.mail)
+        self.assertFalse(self.spool.may_be_parked(self.id))
+
+        self.mail.to, self.mail.problem = [A] * 300, 'x' * 9000
+        self.mail.parked = True
+        self.spool.save(self.mail)
+
+        self.assertTrue(self.spool.may_be_parked(self.id))
+
+    def test_one_that_only_we_remember_as_parked_may_be(self):
+        self.mail.parked = True
+        with mock.patch('os.write', side_effect=OSError('full')):
+            with self.assertLogs('smtpproxy', 'ERROR'):
+                self.spool.save(self.mail)
+
+        self.assertTrue(self.spool.may_be_parked(self.id))
+
     def test_when_the_disk_refuses_it_is_remembered(self):
         self.mail.to = [B]
 
