@@ -12,7 +12,8 @@
 #                    and relays it through each sender's own mail account.
 ### END INIT INFO
 #
-# Copy to /etc/init.d/smtpproxy, make it executable, set DAEMON_PATH.
+# Copy to /etc/init.d/smtpproxy, make it executable, set DAEMON_PATH: a folder
+# that belongs to root, since root runs what is in it (README.md has all steps).
 # Needs a POSIX shell (dash, BusyBox ash) and cat, rm, sleep, tr. It does not
 # use start-stop-daemon: small boxes lack it, its options differ between Debian
 # and BusyBox, and it would see only a Python, not whose. Exit codes: LSB.
@@ -51,14 +52,14 @@ command_of() {
 # Set pid to what the pid file names, if that is our program. The file may be
 # stale and its number somebody else's by now, even an editor's that has our
 # script open: only the exact end of the command line of start() is ours, or of
-# what the program makes of it (see start_over there).
+# that of the script of 2.0 before, which named the file.
 running() {
     pid=
     [ -r "$PIDFILE" ] && read -r pid <"$PIDFILE"
     case $pid in '' | *[!0-9]*) return 1 ;; esac
     case $(command_of "$pid") in
-        *" $PROGRAM --config $CONFIG ") return 0 ;;
         *" -m smtpproxy --config $CONFIG ") return 0 ;;
+        *" $PROGRAM --config $CONFIG ") return 0 ;;
     esac
     return 1
 }
@@ -86,7 +87,9 @@ start() {
     (
         trap '' HUP     # where there is no setsid, outlive the terminal
         # shellcheck disable=SC2086  # no setsid, no word
-        exec $away "$PYTHON" "$PROGRAM" --config "$CONFIG"
+        # -m takes what is in the current folder. Python keeps what it has
+        # compiled of a module, not of a script: that saves 6 MB.
+        exec $away "$PYTHON" -m smtpproxy --config "$CONFIG"
     ) </dev/null >"$READY" 2>"$ERRORS" &
     pid=$!
     echo "$pid" >"$PIDFILE"

@@ -25,6 +25,7 @@ import queue
 import re
 import signal
 import socket
+import stat
 import sys
 import threading
 import time
@@ -355,7 +356,7 @@ class IniReader:
         if self.mistakes:
             raise ConfigError(self.mistakes)
         return Settings(self.path, config, logs, accounts, handlers,
-                        self.warnings + self.careless(accounts))
+                        self.warnings + self.careless(config, accounts))
 
     def complain(self, section, key, what):
         self.mistakes.append('%s: [%s] %s%s' % (
@@ -469,7 +470,7 @@ class IniReader:
                           'this box' % error)
         return config, logs
 
-    def careless(self, accounts):
+    def careless(self, config, accounts):
         """Warnings: what works, but may not be what the owner wants."""
         passwords = [(section, key, value)
                      for section in self.parser.sections()
@@ -481,10 +482,10 @@ class IniReader:
         if not accounts:
             found.append('%s: no account: all mail will be refused. Add a '
                          'section such as [default]' % self.path)
-        if passwords and os.stat(self.path).st_mode & 0o077:
-            found.append('%s: others on this box can read the passwords in '
-                         'it: chmod 600 %s' % (self.path, self.path))
-        return found
+        if passwords:
+            found += warn_of_secrets(self.path, service_group(config))
+        return (found + warn_of_folder(config.msgdir)
+                + warn_of_program(self.path))
 
 
 def bare_address(text):
@@ -508,6 +509,86 @@ def identity(config):
     if user and group is None:
         group = user.pw_gid
     return user and user.pw_uid, group, user and user.pw_name
+
+
+def service_group(config):
+    """The gid that the service has. The ini need not say it: systemd may
+    start the service as a user, whom root knows by whose msgs/ is."""
+    gid = identity(config)[1]
+    if gid is None and os.getuid() == 0 and os.path.isdir(config.msgdir):
+        return os.stat(config.msgdir).st_gid
+    return os.getgid() if gid is None else gid
+
+
+def warn_of_secrets(path, group):
+    """[a warning] if others than its owner and the service's group may read
+    a file. A service whose ini is root's can read it by its group only."""
+    info = os.stat(path)
+    others = info.st_mode & 0o077
+    if not others or others == 0o040 and info.st_gid == group:
+        return []
+    mend = 'chmod 600 ' + path
+    if info.st_uid == 0 and group != 0:
+        mend = 'chgrp %d %s; chmod 640 %s' % (group, path, path)
+    return ['%s: others on this box can read the passwords in it: %s'
+            % (path, mend)]
+
+
+def warn_of_folder(path):
+    """[a warning] if others than its owner may look into a folder of ours.
+    We make them so that they can't, but an older one stays as it was."""
+    if not os.path.isdir(path) or not os.stat(path).st_mode & 0o077:
+        return []
+    return ['%s: others on this box can read or change what is in it: '
+            'chmod 700 %s' % (path, path)]
+
+
+def warn_of_program(ini):
+    """[a warning] if root runs what others may change: whoever breaks into
+    the service could have root do anything at the next start."""
+    if os.getuid() != 0:
+        return []
+    for path in [*program_files(), ini]:
+        weak = changeable(path)
+        if weak:
+            return ['%s: others than root may change it, and root runs what '
+                    'is there: who breaks into the service is root at the '
+                    'next start. chown root %s; chmod go-w %s; README.md, '
+                    '"Who may read it, who may change it", has all that is '
+                    'to be done' % (weak, weak, weak)]
+    return []
+
+
+def program_files():
+    """The folders that Python takes us from, and what it finds there. The
+    first of its path is the current one with python3 -m."""
+    handlers = os.path.join(HOME, 'handlers')
+    for folder in (sys.path[0], HOME, os.path.join(HOME, '__pycache__'),
+                   handlers, os.path.join(handlers, '__pycache__')):
+        folder = os.path.abspath(folder)
+        if os.path.isdir(folder):
+            yield folder
+            for name in os.listdir(folder):
+                if name.endswith(('.py', '.pyc')):
+                    yield os.path.join(folder, name)
+
+
+def changeable(path):
+    """What lets others than root put something else in the place of path:
+    itself, a link or a folder above it; None if nothing does."""
+    for path in os.path.abspath(path), os.path.realpath(path):
+        sticky = 0
+        while os.path.lexists(path):
+            info = os.lstat(path)
+            writers = 0o002 if info.st_gid == 0 else 0o022
+            if info.st_uid != 0 or info.st_mode & writers and not (
+                    info.st_mode & sticky or stat.S_ISLNK(info.st_mode)):
+                return path
+            if path == os.path.dirname(path):
+                break
+            # In a folder such as /tmp nobody can rename what is root's.
+            path, sticky = os.path.dirname(path), stat.S_ISVTX
+    return None
 
 
 # --- Log: one line a step, for the owner ------------------------------------
@@ -660,6 +741,13 @@ def open_log(settings):
         handler.close()
     level = settings.logging.level
     root.setLevel(logging.CRITICAL if level == 'NONE' else level)
+    folder = os.path.dirname(settings.logging.file)
+    if settings.logging.size and os.path.isdir(folder) and not os.access(
+            folder, os.W_OK):
+        log.warning('%s: user %d may not make files there, so the log can not '
+                    'begin anew and grows: set file=log/smtpproxy.log in '
+                    '[logging] and give the folder log to that user',
+                    folder, os.getuid())
 
 
 class HandlerLog:
@@ -2891,6 +2979,60 @@ class StartError(Exception):
     """Why the service can't start, for the owner."""
 
 
+def become(uid, gid, name):
+    """Gives up root's rights for those of a user, for good, with all groups
+    of root. uid, gid: None stays as it is; name: the user's, None if it has
+    none. Raises PermissionError."""
+    if gid is not None:
+        if name:
+            os.initgroups(name, gid)
+        else:
+            os.setgroups([gid])
+        os.setgid(gid)
+    if uid is not None:
+        os.setuid(uid)
+
+
+def hand_over(folder, names, owner):
+    """Gives what is in folder ('.' is the folder itself) and whose name
+    matches names to owner: [uid, gid], -1 for what stays. Raises OSError.
+
+    Root does this where a user may write, who must not have root give away
+    another file: so links are not followed but root's own, and what is given
+    is what is open, not what may bear its name a moment later."""
+    if not changeable(os.path.dirname(folder)):
+        folder = os.path.realpath(folder)
+    there = open_itself(folder)
+    if there is not None:
+        try:
+            for name in ['.'] + os.listdir(there):
+                if re.fullmatch(names, name):
+                    give(there, name, owner)
+        finally:
+            os.close(there)
+
+
+def give(folder, name, owner):
+    """Gives a file or a folder; not one that has a second name elsewhere."""
+    file = open_itself(name, folder)
+    if file is not None:
+        try:
+            info = os.fstat(file)
+            if stat.S_ISDIR(info.st_mode) or (
+                    stat.S_ISREG(info.st_mode) and info.st_nlink == 1):
+                os.fchown(file, *owner)
+        finally:
+            os.close(file)
+
+
+def open_itself(name, folder=None):
+    """A descriptor; None for a link and what can't be opened. folder: the
+    descriptor of the one that name is in. Never waits for a pipe."""
+    with contextlib.suppress(OSError):
+        return os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK,
+                       dir_fd=folder)
+
+
 GRACE = 8.0                 # seconds for what is under way at a stop
 
 
@@ -2993,31 +3135,29 @@ class Proxy:
 
     def hand_over_files(self):
         """What root made belongs to the user that we become."""
-        uid, gid, _ = identity(self.settings.config)
+        uid, gid, name = identity(self.settings.config)
         if os.getuid() != 0 or uid is None and gid is None:
             return
+        owner = [-1 if number is None else number for number in (uid, gid)]
         folder, file = self.settings.config.msgdir, self.settings.logging.file
+        with contextlib.suppress(OSError):      # the log says what it can't
+            os.close(os.open(
+                file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
         try:
             os.makedirs(folder, 0o700, exist_ok=True)
-            if not os.path.exists(file):
-                os.close(os.open(file, os.O_CREAT | os.O_WRONLY, 0o600))
-            for path in [folder, file] + glob_below(folder, file):
-                if os.path.isfile(path) and os.lstat(path).st_nlink > 1:
-                    continue            # a second name of somebody's file
-                os.chown(path, -1 if uid is None else uid,
-                         -1 if gid is None else gid, follow_symlinks=False)
+            hand_over(folder, '.*', owner)
+            hand_over(os.path.dirname(file), re.escape(
+                os.path.basename(file)) + r'(\.\d+)?', owner)
         except OSError as error:
-            raise StartError('%s cannot be given to user %s: %s' % (
-                error.filename, self.settings.config.user, error.strerror))
+            raise StartError('%s cannot be given to %s: %s' % (
+                error.filename or folder, name or self.settings.config.group,
+                error.strerror))
 
     def drop_rights(self):
         uid, gid, name = identity(self.settings.config)
         try:
-            if gid is not None and os.getuid() == 0:
-                os.initgroups(name or 'nobody', gid)
-                os.setgid(gid)
-            if uid is not None and os.getuid() != uid:
-                os.setuid(uid)
+            become(uid if uid != os.getuid() else None,
+                   gid if os.getuid() == 0 else None, name)
         except PermissionError:
             raise StartError('user= and group= in [config] need a start as '
                              'root')
@@ -3072,13 +3212,6 @@ class Proxy:
             self.relay.stop(end - time.monotonic())
         self.spool.close()
         log.info('stopped')
-
-
-def glob_below(folder, file):
-    """The paths in folder, and older parts of the log."""
-    import glob
-    return [os.path.join(folder, name) for name in os.listdir(folder)] + (
-        glob.glob(glob.escape(file) + '.*'))
 
 
 def listener_tls(config):
@@ -3206,8 +3339,7 @@ def command_spool(settings):
     folder = settings.config.msgdir
     if os.path.isdir(folder) and os.getuid() == 0:
         owner = os.stat(folder)
-        os.setgid(owner.st_gid)
-        os.setuid(owner.st_uid)
+        become(owner.st_uid, owner.st_gid, None)
     return Spool(folder)
 
 
@@ -3314,7 +3446,8 @@ class TestMail(Mail):
         self.body, self.dot = smtps.split_header(self.data), len(self.data) + 3
         self._msg = message
         addresses = [[Address(a) for _, a in getaddresses(
-            headers.get_all(name, [])) if a] for name in ('from', 'to')]
+            [str(field) for field in headers.get_all(name, [])]) if a]
+            for name in ('from', 'to')]
         self.frm, self.to = (addresses[0] or [Address('')])[0], (
             addresses[1] or [Address('nobody@localhost')])
 
@@ -3467,21 +3600,6 @@ COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
             'show': show, 'handler_test': handler_test}
 
 
-def start_over():
-    """Runs the same command again as a module. Python keeps what it compiled
-    of modules only: to compile this script takes 6 MB that an idle box would
-    never get back (measured: 17 of them, 10 as a module)."""
-    plain = getattr(sys, 'orig_argv', [''])[1:] == sys.argv
-    if plain and sys.executable and not sys.flags.dont_write_bytecode and (
-            hasattr(sys.flags, 'safe_path')):   # -P, or the cwd's modules run
-        import importlib
-        importlib.import_module('smtpproxy')    # leaves its compiled form
-        path = os.pathsep.join(filter(None, [
-            HOME, os.environ.get('PYTHONPATH')]))
-        os.execve(sys.executable, [sys.executable, '-P', '-m', 'smtpproxy']
-                  + sys.argv[1:], dict(os.environ, PYTHONPATH=path))
-
-
 class Signals:
     """What the owner asks of the service: SIGTERM and SIGINT to stop, SIGHUP
     to reload. None is missed, whenever it comes: the interpreter writes its
@@ -3527,8 +3645,6 @@ class Signals:
 def serve(settings):
     """Until SIGTERM or SIGINT, also if that comes before all is up. Raises
     StartError."""
-    if __name__ == '__main__' and __spec__ is None:
-        start_over()
     signals = Signals()
     proxy = Proxy(settings)
     proxy.start()

@@ -301,6 +301,10 @@ CONTROLS = r'\x00-\x1f\x7f-\x9f\u2028\u2029'
 ADDRESS = re.compile(r'''
     (?: " (?: [^"\\%s] | \\[^%s] )* " (?=@|\Z) | (?![@"]) )
     [^\s%s<>"]* \Z''' % (CONTROLS, CONTROLS, CONTROLS), re.VERBOSE)
+# Quotes around what needs none: "boss"@x is boss@x (RFC 5321 4.1.2).
+NEEDLESS = re.compile(r'''
+    " ( (?: [^"\\\s@<>()\[\]:;,] | \\[^"\\\s@<>()\[\]:;,] )+ ) " (?=@)''',
+                      re.VERBOSE)
 SURROGATE = re.compile('[\ud800-\udfff]')           # was not UTF-8
 SIZE, BODY = re.compile(r'[0-9]{0,20}$'), re.compile(r'[A-Za-z0-9]*$')
 
@@ -318,6 +322,9 @@ def parse_path(text, status):
     # RFC 5321 appendix C: a route is ignored. Who looked up an account for
     # '@relay:boss@x' and sent as 'boss@x' would ask for nobody's password.
     address = ROUTE.sub('', address)
+    needless = NEEDLESS.match(address)
+    if needless:
+        address = needless[1].replace('\\', '') + address[needless.end():]
     if SURROGATE.search(address):
         raise Refused(553, '5.6.7 the address is neither ASCII nor UTF-8')
     if not ADDRESS.match(address):

@@ -103,7 +103,6 @@ print(s.getsockname()[1])')
     cp "$here/smtpproxy.init.d" "$init"
     set_variable DAEMON_PATH "$app"
     set_variable PIDFILE "$tmp/run.pid"
-    set_variable START_WAIT 3
 }
 
 life() {
@@ -160,6 +159,17 @@ life() {
     sender 250 only@example.org
     expect 0 "stopped" stop
 
+    # One that the script of before has started, which named the file.
+    "$python" "$app/smtpproxy.py" --config "$app/smtpproxy.ini" \
+        >"$tmp/out" 2>"$tmp/err" &
+    child=$!
+    echo "$child" >"$tmp/run.pid"
+    sender 250 only@example.org
+    expect 0 "running (pid $child)" status
+    expect 0 "reloading" reload
+    expect 0 "stopped" stop
+    child=
+
     # A number that is another's by now: even an editor's with our script.
     "$python" -c 'import time; time.sleep(600)' "$app/smtpproxy.py" \
         --config "$app/smtpproxy.ini" --queue &
@@ -212,9 +222,10 @@ s = socket.socket()
 s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 s.bind(("127.0.0.1", int(sys.argv[1])))
 s.listen()
-time.sleep(600)' "$port" &
+print("taken", flush=True)
+time.sleep(600)' "$port" >"$tmp/taken" &
     child=$!
-    sleep 1
+    while [ ! -s "$tmp/taken" ] && alive "$child"; do sleep 1; done
     expect 1 "stderr: not started" start        # the port is taken
     grep -q "$port" "$tmp/err" || die "start: nothing about the port"
     end_child
@@ -223,6 +234,7 @@ time.sleep(600)' "$port" &
     echo "import signal, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 time.sleep(600)" >"$app/smtpproxy.py"
+    set_variable START_WAIT 3
     set_variable STOP_WAIT 2
     expect 0 "started" start
     pid_of_daemon

@@ -23,6 +23,9 @@ from tests.fakes import Client, FakeSMTP, wait_until   # noqa: E402
 
 AT_ONCE = 4             # services
 TO_STOP = 10            # seconds that a service may take
+# As an owner has it: Python keeps what it compiles.
+ENVIRONMENT = {key: value for key, value in os.environ.items()
+               if key != 'PYTHONDONTWRITEBYTECODE'}
 INI = '''\
 [config]
 port=0
@@ -52,7 +55,8 @@ def service(upstream):
             file.write(INI % (upstream.host, upstream.port))
         process = subprocess.Popen(
             [sys.executable, os.path.join(TOP, 'smtpproxy.py')], cwd=folder,
-            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True)
+            env=ENVIRONMENT, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, text=True)
         try:
             yield process, folder, int(process.stdout.readline().split()[-1])
         finally:

@@ -15,6 +15,7 @@ figures are true for this box at this hour.
 import argparse
 import asyncio
 import collections
+import compileall
 import concurrent.futures
 import contextlib
 import glob
@@ -272,8 +273,12 @@ class Bench:
                     'maxconnections=2000\ndeleteonerror=false\nmsgdir=msgs\n'
                     'sleeptime=%d\n[default]\nsmtphost=127.0.0.1\nsmtpport=%d'
                     % (port, sleeptime, destination or free_port()))
-            with running([sys.executable, TOP + '/smtpproxy.py', '--config',
-                          file.name], stdout=subprocess.DEVNULL) as pid:
+            # As the README's recipes do it: compiled, as a module.
+            for name in 'smtpproxy.py', 'smtps.py':
+                compileall.compile_file(os.path.join(TOP, name), quiet=1)
+            with running([sys.executable, '-m', 'smtpproxy', '--config',
+                          file.name], cwd=TOP,
+                         stdout=subprocess.DEVNULL) as pid:
                 greeted(port)
                 yield Proxy(folder, port, pid)
 

@@ -462,7 +462,9 @@ class SMTPConversation(Conversation):
 
     def path(self, keyword, argument):
         """The address and the parameters behind MAIL or RCPT."""
-        match = re.fullmatch('(?i)%s:<(.*?)>((?: [^ ]+)*)' % keyword, argument)
+        match = re.fullmatch(
+            r'(?i)%s:<((?:"(?:[^"\\]|\\.)*"|[^>"])*)>((?: [^ ]+)*)' % keyword,
+            argument)
         demand(match, '501 5.5.2 %s:<address>' % keyword)
         words = [word.partition('=') for word in match.group(2).split()]
         parameters = {key.upper(): value for key, _, value in words}

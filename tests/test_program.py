@@ -72,6 +72,22 @@ class Old(MailHandler):
 '''
 
 
+CURIOUS = '''\
+import subprocess
+from MailHandler import MailHandler
+
+class Curious(MailHandler):
+    def isEnabled(self):
+        return True
+    def setLogger(self, logger):
+        self.logger = logger
+    def handleMessage(self, message, mail, callback):
+        self.logger.log('path: %s', subprocess.check_output(
+            'echo "${PYTHONPATH-none}"', shell=True).decode())
+        return True
+'''
+
+
 def script(folder):
     return os.path.join(folder, 'smtpproxy.py')
 
@@ -349,6 +365,47 @@ class Service(ProgramCase):
         self.assertDelivered([A])
         self.assertNotIn('run:', self.output())
         self.terminate(process)
+
+
+class Installation(ProgramCase):
+
+    MODULE = {'before': ('-m',), 'program': 'smtpproxy'}
+
+    def test_what_a_handler_starts_gets_no_path_of_ours(self):
+        self.install()
+        self.write('handlers/curious.py', CURIOUS)
+        for form in {'program': 'smtpproxy.py'}, self.MODULE:
+            with self.subTest(form):
+                self.ini()
+                process = self.run_service(**form)
+                id = self.submit()
+                self.assertLogged(id, 'path: none')
+                self.terminate(process)
+
+    def test_as_a_module_it_takes_its_own_files(self):
+        self.install()
+        self.ini()
+
+        process = self.run_service(**self.MODULE)
+
+        self.submit()
+        self.assertDelivered([A])
+        self.assertIn('smtpproxy.cpython', ' '.join(
+            os.listdir(self.path('__pycache__'))))
+        self.terminate(process)
+
+    @unittest.skipUnless(os.getuid() == 0, 'needs root')
+    def test_a_folder_that_others_may_change_is_a_warning_no_refusal(self):
+        self.install()
+        self.ini()
+        os.chown(self.folder, 65534, -1)
+        for form in {'program': 'smtpproxy.py'}, self.MODULE:
+            with self.subTest(form):
+                process = self.run_service(**form)
+                warning = self.folder + ': others than root'
+                wait_until(lambda: warning in self.output())
+                self.assertLogged('WARNING', warning)
+                self.terminate(process)
 
 
 class Upgrade(ProgramCase):

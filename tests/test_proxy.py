@@ -2,8 +2,11 @@
 import contextlib
 import io
 import os
+import pwd
 import socket
 import ssl
+import subprocess
+import sys
 import threading
 import unittest
 from unittest import mock
@@ -398,6 +401,106 @@ class Stop(ProxyCase):
         wait_until(lambda: not [
             thread for thread in threading.enumerate()
             if thread.name.startswith(('smtp-', 'relay', 'listen'))])
+
+
+@unittest.skipUnless(os.getuid() == 0, 'needs root')
+class Root(ProxyCase):
+    """What root hands over to user= lies where that user may write."""
+
+    def setUp(self):
+        super().setUp()
+        self.user = pwd.getpwnam('nobody')
+        os.mkdir(self.path('msgs'), 0o700)
+        os.mkdir(self.path('roots'), 0o700)
+        self.write('roots/mail', 'secret')
+
+    def hand_over(self, file='smtpproxy.log'):
+        proxy = smtpproxy.Proxy(smtpproxy.load(self.ini(
+            {'user': 'nobody'}, {'logging': {'file': file}})))
+        proxy.hand_over_files()
+
+    def assertOwner(self, uid, *names):
+        for name in names:
+            with self.subTest(name):
+                self.assertEqual(uid, os.stat(self.path(name)).st_uid)
+
+    def test_what_root_made_belongs_to_the_user(self):
+        for name in 'msgs/1.mail', 'smtpproxy.log.1', 'smtpproxy.log.bak':
+            self.write(name, '')
+        os.mkdir(self.path('msgs/asked'))
+
+        self.hand_over()
+
+        self.assertOwner(self.user.pw_uid, 'msgs', 'msgs/1.mail', 'msgs/asked',
+                         'smtpproxy.log', 'smtpproxy.log.1')
+        self.assertOwner(0, 'smtpproxy.log.bak', '.', 'roots', 'roots/mail')
+
+    def test_no_file_is_given_away_through_a_link(self):
+        os.chown(self.folder, self.user.pw_uid, -1)
+        os.symlink(self.path('roots/mail'), self.path('msgs/link'))
+        os.link(self.path('roots/mail'), self.path('msgs/second'))
+        os.symlink(self.path('roots/mail'), self.path('smtpproxy.log.1'))
+        os.mkfifo(self.path('msgs/pipe'))
+
+        self.hand_over()
+
+        self.assertOwner(0, 'roots', 'roots/mail')
+
+    def test_no_folder_is_given_away_through_a_link(self):
+        os.chown(self.folder, self.user.pw_uid, -1)
+        os.rmdir(self.path('msgs'))
+        for link in 'msgs', 'log':
+            os.symlink(self.path('roots'), self.path(link))
+        self.write('roots/smtpproxy.log', '')
+
+        self.hand_over('log/smtpproxy.log')
+
+        self.assertOwner(0, 'roots', 'roots/mail', 'roots/smtpproxy.log')
+
+    def test_no_file_is_made_through_a_link(self):
+        os.symlink(self.path('roots/new'), self.path('smtpproxy.log'))
+
+        self.hand_over()
+
+        self.assertFalse(os.path.exists(self.path('roots/new')))
+
+    def test_a_msgs_on_another_disk_works_if_the_link_is_roots(self):
+        os.rmdir(self.path('msgs'))
+        os.symlink(self.path('roots'), self.path('msgs'))
+
+        self.hand_over()
+
+        self.assertOwner(self.user.pw_uid, 'roots', 'roots/mail')
+
+    def test_a_log_that_can_not_begin_anew_is_named(self):
+        with mock.patch.object(os, 'access', return_value=False):
+            self.start()
+
+        self.assertLogged('WARNING', self.folder + ': ',
+                          'file=log/smtpproxy.log')
+
+    def test_a_log_without_its_folder_stops_nothing(self):
+        self.hand_over('nowhere/smtpproxy.log')
+
+        self.assertOwner(self.user.pw_uid, 'msgs')
+
+    def test_a_command_gives_up_all_groups_of_root(self):
+        os.chown(self.path('msgs'), self.user.pw_uid, self.user.pw_gid)
+
+        told = subprocess.check_output(
+            [sys.executable, '-c', GROUPS, self.ini()], text=True,
+            cwd=os.path.dirname(smtpproxy.__file__))
+
+        self.assertEqual('%d %d [%d]\n' % (
+            self.user.pw_uid, self.user.pw_gid, self.user.pw_gid), told)
+
+
+GROUPS = '''\
+import os, sys, smtpproxy
+os.setgroups([0, 1, 2])
+smtpproxy.command_spool(smtpproxy.load(sys.argv[1]))
+print(os.getuid(), os.getgid(), os.getgroups())
+'''
 
 
 def free_port():

@@ -1,6 +1,9 @@
 """The ini: every key, its default, and a clear word for every mistake."""
 import os
+import pwd
+import sys
 import unittest
+from unittest import mock
 
 import smtpproxy
 import smtps
@@ -357,15 +360,55 @@ class Warnings(SettingsCase):
     def warnings(self, text, mode=0o600):
         path = self.write('smtpproxy.ini', text)
         os.chmod(path, mode)
-        return '\n'.join(smtpproxy.load(path).warnings)
+        return '\n'.join(
+            warning for warning in smtpproxy.load(path).warnings
+            if not warning.startswith(smtpproxy.HOME))
 
     def test_an_ini_with_passwords_that_others_can_read(self):
         secret = '[a@b]\nsmtphost=mx\nlocalpassword=x\n'
 
-        self.assertIn('chmod 600', self.warnings(secret, 0o644))
-        self.assertIn('chmod 600', self.warnings(secret, 0o640))
+        for mode in 0o644, 0o604, 0o660, 0o650:
+            with self.subTest(oct(mode)):
+                self.assertIn('chmod 600', self.warnings(secret, mode))
         self.assertEqual('', self.warnings(secret, 0o600))
         self.assertEqual('', self.warnings('[a@b]\nsmtphost=mx\n', 0o644))
+
+    def test_the_group_of_the_service_may_read_the_ini(self):
+        secret = '[a@b]\nsmtphost=mx\nlocalpassword=x\n'
+
+        self.assertEqual('', self.warnings(secret, 0o640))
+
+        if os.getuid() == 0:
+            nobody = pwd.getpwnam('nobody').pw_gid
+            user = secret + '[config]\nuser=nobody\n'
+            self.assertIn('chgrp %d ' % nobody, self.warnings(user, 0o640))
+            os.chown(self.path('smtpproxy.ini'), 0, nobody)
+            self.assertEqual('', self.warnings(user, 0o640))
+            self.assertIn('chmod 600', self.warnings(secret, 0o640))
+
+    @unittest.skipUnless(os.getuid() == 0, 'needs root')
+    def test_root_knows_the_group_of_a_service_that_systemd_starts(self):
+        nobody = pwd.getpwnam('nobody')
+        secret = self.write('smtpproxy.ini', '[config]\nmsgdir=msgs\n[a@b]\n'
+                            'smtphost=mx\nlocalpassword=x\n')
+        os.mkdir(self.path('msgs'), 0o700)
+        os.chown(self.path('msgs'), nobody.pw_uid, nobody.pw_gid)
+        os.chown(secret, 0, nobody.pw_gid)
+
+        with open(secret) as file:
+            self.assertEqual('', self.warnings(file.read(), 0o640))
+
+    def test_a_msgs_that_others_may_look_into(self):
+        text = '[config]\nmsgdir=msgs\n[a@b]\nsmtphost=mx\n'
+        os.mkdir(self.path('msgs'))
+
+        for mode in 0o755, 0o750, 0o702:
+            with self.subTest(oct(mode)):
+                os.chmod(self.path('msgs'), mode)
+                self.assertIn('chmod 700 ' + self.path('msgs'),
+                              self.warnings(text))
+        os.chmod(self.path('msgs'), 0o700)
+        self.assertEqual('', self.warnings(text))
 
     def test_a_password_that_1_x_read_differently(self):
         warnings = self.warnings(
@@ -408,6 +451,61 @@ class Warnings(SettingsCase):
 
     def test_an_ini_without_an_account(self):
         self.assertIn('no account', self.warnings('[config]\n'))
+
+
+@unittest.skipUnless(os.getuid() == 0, 'needs root')
+class RootRunsIt(SettingsCase):
+    """Whoever may change what root runs becomes root."""
+
+    def setUp(self):
+        super().setUp()
+        for name in 'code/smtpproxy.py', 'code/handlers/mine.py':
+            self.write(name, '')
+        self.write('smtpproxy.ini', '[a@b]\nsmtphost=mx\n')
+        home = self.path('code')
+        for patch in (mock.patch.object(smtpproxy, 'HOME', home),
+                      mock.patch.object(sys, 'path', [home] + sys.path)):
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def warnings(self):
+        return smtpproxy.load(self.path('smtpproxy.ini')).warnings
+
+    def test_what_is_roots_alone_makes_no_warning(self):
+        self.assertEqual([], self.warnings())
+
+    def test_what_others_may_change_is_named(self):
+        for name in ('code', 'code/smtpproxy.py', 'code/handlers',
+                     'code/handlers/mine.py', 'smtpproxy.ini', '.'):
+            for change in ((os.chown, 65534, -1), (os.chmod, 0o777)):
+                with self.subTest(name, change=change):
+                    path = self.path(name).replace('/.', '')
+                    change[0](path, *change[1:])
+
+                    warning, = self.warnings()
+
+                    self.assertTrue(warning.startswith(path + ': '), warning)
+                    self.assertIn('chown root %s;' % path, warning)
+                    os.chown(path, 0, -1)
+                    os.chmod(path, 0o700)
+
+    def test_the_current_folder_counts_with_python_m(self):
+        os.mkdir(self.path('here'))
+        os.chown(self.path('here'), 65534, -1)
+        sys.path[0] = self.path('here')
+
+        warning, = self.warnings()
+
+        self.assertIn(self.path('here'), warning)
+
+    def test_roots_link_is_as_good_as_its_folder(self):
+        os.rename(self.path('code'), self.path('usb'))
+        os.symlink(self.path('usb'), self.path('code'))
+        self.assertEqual([], self.warnings())
+
+        os.lchown(self.path('code'), 65534, -1)
+
+        self.assertIn('others than root', ''.join(self.warnings()))
 
 
 if __name__ == '__main__':

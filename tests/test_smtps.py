@@ -609,6 +609,15 @@ class Addresses(unittest.TestCase):
                 with self.subTest(good, written=written):
                     self.assertEqual(good, self.accepted(written % good))
 
+    def test_quotes_that_nobody_needs_make_no_other_address(self):
+        """RFC 5321 4.1.2: else "boss"@x goes round the account of boss@x."""
+        for quoted, plain in (
+                ('"boss"@x', 'boss@x'), (r'"b\o\ss"@x', 'boss@x'),
+                ('@relay:"a.b"@x', 'a.b@x'), ('"a b"@x', '"a b"@x'),
+                ('"a@b"@x', '"a@b"@x'), (r'"a\"b"@x', r'"a\"b"@x')):
+            with self.subTest(quoted):
+                self.assertEqual(plain, self.accepted('<%s>' % quoted))
+
     def test_what_is_accepted_is_read_again_as_the_same(self):
         dice, accepted = random.Random(14), 0
         for _ in range(30000):
