@@ -799,8 +799,31 @@ END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
 STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
-FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
+CACHED, CACHED_SIZE = 32, 16384     # mails kept in memory too; bytes of one
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
+
+
+def read_head(file):
+    """The first bytes of a mail file, up to the end of its header or more."""
+    head, more = b'', True
+    while more and b'\r\n\r\n' not in head.partition(b'\r\nDATA\r\n')[2]:
+        more = file.read(smtps.CHUNK)
+        head += more
+    return head
+
+
+def read_tail(file, head):
+    """(its last bytes, from END or earlier; their offset). head: its first
+    ones. The file may grow meanwhile."""
+    if END in head:
+        return head, 0
+    size, length = os.fstat(file.fileno()).st_size, 4096
+    while True:
+        offset = file.seek(max(0, size - length))
+        tail = file.read()
+        if END in tail or not offset:
+            return tail, offset
+        length *= 8
 
 
 class Mail:
@@ -809,71 +832,64 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool; flaw: str, why its envelope must not be sent, or ''. start, body,
-    dot: offsets of the header, of the empty line behind it, and of what
-    follows the final dot's line."""
+    bool; flaw: str, why its envelope must not be sent, or ''. data: its first
+    bytes, all of the header among them, and all of it if it is small; start,
+    body, dot: offsets of the header, of the empty line behind it, and of what
+    follows the final dot's line. seen: the spool's time when its state was
+    saved."""
 
     # What is kept while it is in trouble, and its types.
     STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
              'problem': str, 'handled': bool, 'parked': bool}
 
-    def __init__(self, id, path, data=None):
-        self.id, self.path, self.data = id, path, data
-        self.tries, self.due, self.problem = 0, 0.0, ''
-        self.handled = self.parked = False
-        self.refused = {}           # {recipient: reply}, refused for good
-        self.flaw = ''
-        self._msg, self.seen = None, 0
-        self.read()
-        self.saved = self.state()
+    tries, due, problem = 0, 0.0, ''
+    handled = parked = False
+    flaw, seen = '', 0
 
-    def read(self):
-        """The envelope, the header and the state, and all of it if it is
-        small. Raises Unfinished, Unreadable, OSError."""
+    def __init__(self, id, path, data=None):
+        """data: all of it, if that need not be read. Raises Unfinished,
+        Unreadable, OSError."""
+        self.id, self.path, self.data = id, path, data
+        self.refused = {}           # {recipient: reply}, refused for good
+        self._msg = None
+        self._read()
+        self._saved = self._state()
+
+    def _read(self):
+        """The envelope, the header and the state."""
+        tail, offset = self.data, 0
         if self.data is None:
             with open(self.path, 'rb', buffering=0) as file:
-                tail, offset = self.read_file(file)
-        else:
-            tail, offset = self.data, 0
-        at = tail.find(END)
-        if at < 0 or len(tail) < at + END_SIZE:
-            start = self.data.rstrip(b'\0')[:len(HANDLED)]
-            raise (Unfinished('it has no end') if any(
-                known.startswith(start) or start.startswith(known)
-                for known in (b'MAIL FROM:', HANDLED))
-                else Unreadable('it is no mail of smtpproxy'))
-        self.dot = offset + at + len(b'\r\n.\r\n')
-        self.parse_envelope()
+                self.data = read_head(file)
+                tail, offset = read_tail(file, self.data)
+        end = tail.find(END)
+        if end < 0 or len(tail) < end + END_SIZE:
+            raise self._why_unfinished()
+        self.dot = offset + end + len(b'\r\n.\r\n')
+        self._parse_envelope()
         self.body = self.start + smtps.split_header(
             self.data[self.start:self.dot - 3])
-        self.parse_end(tail[at + len(END):])
+        self._parse_end(tail[end + len(END):])
 
-    def read_file(self, file):
-        """Fills data; returns the end of the file, from END or earlier, and
-        its offset. The file may grow meanwhile."""
-        self.data, more = file.read(smtps.CHUNK), True
-        while len(self.data) >= smtps.CHUNK and more and (
-                b'\r\n\r\n' not in self.data.partition(b'\r\nDATA\r\n')[2]):
-            more = file.read(smtps.CHUNK)
-            self.data += more
-        tail, offset, length = self.data, 0, 4096
-        size = os.fstat(file.fileno()).st_size
-        while END not in tail and length < 2 * size:
-            offset = file.seek(max(0, size - length))
-            tail, length = file.read(), length * 8
-        return tail, offset
+    def _why_unfinished(self):
+        """Of a file without an end: it begins as one of ours, or not."""
+        start = self.data.rstrip(b'\0')[:len(HANDLED)]
+        if any(known.startswith(start) or start.startswith(known)
+               for known in (b'MAIL FROM:', HANDLED)):
+            return Unfinished('it has no end')
+        return Unreadable('it is no mail of smtpproxy')
 
-    def parse_end(self, text):
+    def _parse_end(self, text):
         """The checksum, and the states that were added: the last one that is
         whole counts, field by field. Raises Unfinished."""
         if not re.match(rb'[0-9a-f]{8}\r\n', text):
             raise Unfinished('its end is not whole')
-        self.checksum = int(text[:8], 16)
+        self._checksum = int(text[:8], 16)
         for line, checksum in STATE.findall(text):
             if zlib.crc32(line) == int(checksum, 16):
-                self.apply(line)
+                self._apply(line)
 
-    def apply(self, line):
+    def _apply(self, line):
         import json
         state = json.loads(line.decode())
         self.seen = state.pop('seen', 0)
@@ -882,11 +898,20 @@ class Mail:
             vars(self).update(state)
             self.to = [Address(to) for to in self.to]
 
-    def state(self):
+    def _state(self):
         return {name: kind(getattr(self, name))
                 for name, kind in self.STATE.items()}
 
-    def parse_envelope(self):
+    def changes(self):
+        """{name: value} of the STATE that its file does not have."""
+        return {name: value for name, value in self._state().items()
+                if value != self._saved[name]}
+
+    def mark_saved(self):
+        """Its file has all of the STATE."""
+        self._saved = self._state()
+
+    def _parse_envelope(self):
         envelope, data, _ = self.data.partition(b'\r\nDATA\r\n')
         self.start = len(envelope) + len(data)
         if envelope.startswith(HANDLED):
@@ -895,15 +920,15 @@ class Mail:
             lines = envelope.decode().split('\r\n')
             if not lines[0].startswith('MAIL FROM:'):
                 raise ValueError('it does not begin with MAIL FROM')
-            self.frm, self.parameters = self.parse_stored(lines[0][10:])
-            self.to = [self.parse_stored(line[8:])[0] for line in lines[1:]
+            self.frm, self.parameters = self._parse_stored(lines[0][10:])
+            self.to = [self._parse_stored(line[8:])[0] for line in lines[1:]
                        if line.startswith('RCPT TO:')]
             if not self.to or len(self.to) + 1 != len(lines) or not data:
                 raise ValueError('its envelope is not whole')
         except ValueError as error:
             raise Unreadable(str(error))
 
-    def parse_stored(self, text):
+    def _parse_stored(self, text):
         """(Address, parameters) of a path as Draft wrote it. An earlier
         version took some that would now be refused or be another address:
         that one stays as it is, with a flaw. Raises ValueError."""
@@ -930,7 +955,7 @@ class Mail:
                 if not chunk:
                     break
                 checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
-        if checksum != self.checksum:
+        if checksum != self._checksum:
             raise Unreadable('its checksum is wrong')
 
     def header(self):
@@ -968,87 +993,202 @@ def sync_folder(path):
         os.close(folder)
 
 
+def envelope_text(frm, to, parameters):
+    """What a mail file begins with (bytes). Raises UnicodeEncodeError."""
+    options = ''.join([
+        ' %s%s' % (key, '=' + parameters[key] if parameters[key] else '')
+        for key in ('BODY', 'SMTPUTF8') if key in parameters])
+    lines = ['MAIL FROM:<%s>%s' % (frm, options)]
+    lines += ['RCPT TO:<%s>' % address for address in to]
+    return ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
+
+
 class Draft:
     """A mail file that is being written. Nothing is on disk before there is
-    much of it: a small mail is one file made, written and synced at once."""
+    much of it: a small mail is one file made, written and synced at once.
 
-    def __init__(self, spool, id, kind, frm, to, parameters=None, first=b''):
-        self.spool, self.id, self.path = spool, id, spool.path(id, kind)
-        options = ''.join([
-            ' %s%s' % (key, '=' + parameters[key] if parameters[key] else '')
-            for key in ('BODY', 'SMTPUTF8') if key in (parameters or ())])
-        lines = ['MAIL FROM:<%s>%s' % (frm, options)]
-        lines += ['RCPT TO:<%s>' % address for address in to]
-        self.pending = first + ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
-        self.file, self.checksum, self.size = None, 0, 0
-        self.written = self.pushed = 0  # bytes; see push()
-        self.number = 0             # of its name; 0: not on disk yet
+    id: str; size: int, bytes of the message."""
+
+    def __init__(self, spool, id, kind, envelope, cache=None):
+        """kind: of the file's name; envelope: see envelope_text; cache: a
+        dict, id -> the bytes of a small mail."""
+        self.id, self.size = id, 0
+        self._spool, self._path = spool, spool.path(id, kind)
+        self._pending, self._cache = envelope, cache
+        self._file, self._checksum = None, 0
+        self._written = self._pushed = 0    # bytes; see _push()
+        self._number = 0            # of its name; 0: not on disk yet
 
     def write(self, chunk):
-        """chunk: bytes as on the wire; kept in memory."""
-        self.pending += chunk
+        """chunk: bytes as on the wire. Raises OSError."""
+        self._pending += chunk
         self.size += len(chunk)
+        if len(self._pending) >= smtps.CHUNK:
+            self._flush()
 
-    def flush(self):
-        """Out of the memory. Raises OSError."""
-        if self.file is None:
-            self.file = os.open(
-                self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            self.number = self.spool.count_name()
-        data, self.pending = self.pending, b''
-        self.checksum = zlib.crc32(data, self.checksum)
-        self.written += len(data)
+    def _flush(self):
+        """Out of the memory."""
+        if self._file is None:
+            self._file = os.open(
+                self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self._number = self._spool.count_name()
+        data, self._pending = self._pending, b''
+        self._checksum = zlib.crc32(data, self._checksum)
+        self._written += len(data)
         while data:
-            data = data[os.write(self.file, data):]
-        if self.written - self.pushed >= PUSH:
-            self.push()
+            data = data[os.write(self._file, data):]
+        if self._written - self._pushed >= PUSH:
+            self._push()
 
-    def push(self):
+    def _push(self):
         """Has the system begin to write to the disk what it would keep in
         memory for a while, which is what Linux does on this advice: so the
         sync of a large mail is short, and small ones that are synced one
         behind the other share the commits of a journal."""
         with contextlib.suppress(OSError, AttributeError):  # not on macOS
-            os.posix_fadvise(self.file, self.pushed,
-                             self.written - self.pushed,
+            os.posix_fadvise(self._file, self._pushed,
+                             self._written - self._pushed,
                              os.POSIX_FADV_DONTNEED)
-        self.pushed = self.written
+        self._pushed = self._written
 
     def seal(self):
         """Writes the end. Raises OSError."""
-        self.pending += b'.\r\n'
-        self.pending += b'NOOP crc32=%08x\r\n' % zlib.crc32(
-            self.pending, self.checksum)
-        if self.file is None:
-            self.spool.remember(self.id, self.pending)
-        self.flush()
-        self.push()
+        self._pending += b'.\r\n'
+        self._pending += b'NOOP crc32=%08x\r\n' % zlib.crc32(
+            self._pending, self._checksum)
+        if self._file is None and self._cache is not None and (
+                len(self._cache) < CACHED
+                and len(self._pending) < CACHED_SIZE):
+            self._cache[self.id] = self._pending
+        self._flush()
+        self._push()
 
     def commit(self):
         """The promise: after this the mail survives a crash. Raises OSError,
         then nothing was promised."""
-        os.fsync(self.file)
-        file, self.file = self.file, None
+        os.fsync(self._file)
+        file, self._file = self._file, None
         os.close(file)
-        self.spool.sync_names(self.number)
+        self._spool.sync_names(self._number)
 
     def abort(self):
         """Leaves nothing behind, as far as the disk lets us."""
-        file, self.file, self.pending = self.file, None, b''
-        self.spool.fresh.pop(self.id, None)
+        file, self._file, self._pending = self._file, None, b''
+        if self._cache is not None:
+            self._cache.pop(self.id, None)
         with contextlib.suppress(OSError):
             if file is not None:
                 os.close(file)
         with contextlib.suppress(OSError):      # swept at the next start
-            if self.number:
-                os.unlink(self.path)
+            if self._number:
+                os.unlink(self._path)
+
+    def release(self):
+        """It is not being received any more: a scan of the spool sees it, if
+        it is there."""
+        self._spool.drafts.discard(self.id)
 
 
 class Busy(Exception):
     """Another process works on this msgs/."""
 
 
-class Spool:
+class Folder:
+    """msgs/ as a folder: one process at a time works in it, and names last.
+
+    folder: its path. _counting guards _names."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._lock = self._place = None     # a descriptor, its os.fstat()
+        self._counting = threading.Lock()
+        self._names = self._lasting = 0     # names made; of these are synced
+
+    def path(self, id, kind):
+        return '%s/%s.%s' % (self.folder, id, kind)
+
+    def open(self, patience=2.0):
+        """Makes the folder if need be and locks it. Raises Busy or OSError;
+        patience: seconds to wait for a queue command that has the lock."""
+        import fcntl
+        self._make_folder(self.folder)
+        lock = os.open(self.folder, os.O_RDONLY)
+        end = time.monotonic() + patience
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError:
+                if time.monotonic() > end:
+                    os.close(lock)
+                    raise Busy(self.folder)
+                time.sleep(0.05)
+        self._lock, self._place = lock, os.fstat(lock)
+
+    @staticmethod
+    def _make_folder(path):
+        """Makes a folder that lasts, if it is not there."""
+        if not os.path.isdir(path):
+            os.makedirs(path, 0o700, exist_ok=True)
+            sync_folder(os.path.dirname(os.path.abspath(path)))
+
+    def close(self):
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def is_there(self):
+        """Is it still the folder that we have locked? A disk may be away."""
+        try:
+            return self._lock is not None and os.path.samestat(
+                os.stat(self.folder), self._place)
+        except OSError:
+            return False
+
+    def count_name(self):
+        """The number of a name that was just made."""
+        with self._counting:
+            self._names += 1
+            return self._names
+
+    def sync_names(self, number):
+        """Makes that name last: one sync serves all that were made before
+        it. Raises OSError."""
+        if number > self._lasting:
+            newest = self._names        # before the sync
+            if self.sync():
+                self._lasting = newest  # if set back: one sync more than need
+
+    def sync(self):
+        """Makes all names last; whether it was in the folder that is locked:
+        then no other needs to be opened. Raises OSError."""
+        if self.is_there():
+            os.fsync(self._lock)
+            return True
+        sync_folder(self.folder)
+        return False
+
+    def set_aside(self, name, why):
+        """Moves what can't be read to corrupt/: never run, never deleted."""
+        if self._lock is None:
+            return                      # a queue command only looks
+        corrupt = os.path.join(self.folder, 'corrupt')
+        try:
+            self._make_folder(corrupt)
+            target = os.path.join(corrupt, name)
+            while os.path.exists(target):
+                target += '+'
+            os.rename(os.path.join(self.folder, name), target)
+            sync_folder(corrupt)
+            self.sync()
+            log.error('%s: cannot be read: %s; it is kept as %s',
+                      name.rpartition('.')[0] or name, why, target)
+        except OSError as error:
+            log.error('%s: cannot be read: %s; nor set aside: %s',
+                      name, why, error)
+
+
+class Spool(Folder):
     """msgs/, the only owner of its files. What the client said is what the
     server will be told: ID.mail is Batch SMTP, plain text.
 
@@ -1057,7 +1197,7 @@ class Spool:
 
       files                   made by              a crash there costs
       ------------------------------------------------------------------
-      ID.mail without END     Draft.flush          nothing: no 250 was said;
+      ID.mail without END     Draft.write          nothing: no 250 was said;
                                                    swept at start
       ID.mail                 Draft.seal: END      at worst a second copy,
                               commit: fsync IS     stored with its 250 unheard
@@ -1083,135 +1223,85 @@ class Spool:
     OURS = ('corrupt', 'asked')
 
     def __init__(self, folder, clock=time.monotonic):
-        self.folder, self.clock = folder, clock
-        self.lock = self.place = None       # a descriptor, its os.fstat()
-        self.epoch = time.time() - clock()
-        self.sequence = int.from_bytes(os.urandom(2), 'big')
-        self.counting = threading.Lock()    # guards sequence and names
-        self.names = self.lasting = 0       # names made; of these are synced
-        self.drafts = set()                 # ids that are being received
-        self.delivered = set()              # their file could not be removed
-        self.unsaved = {}                   # id -> state that disk refused
-        self.fresh = {}                     # id -> the bytes of a small mail
-                                            # that was just written
-        self.first_own = ''                 # older ids were found at start
-
-    def path(self, id, kind):
-        return '%s/%s.%s' % (self.folder, id, kind)
-
-    # Who may work here.
-
-    def open(self, patience=2.0):
-        """Makes the folder if need be and locks it. Raises Busy or OSError;
-        patience: seconds to wait for a queue command that has the lock."""
-        import fcntl
-        self.make_folder(self.folder)
-        lock = os.open(self.folder, os.O_RDONLY)
-        end = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except OSError:
-                if time.monotonic() > end:
-                    os.close(lock)
-                    raise Busy(self.folder)
-                time.sleep(0.05)
-        self.lock, self.place = lock, os.fstat(lock)
-
-    @staticmethod
-    def make_folder(path):
-        """Makes a folder that lasts, if it is not there."""
-        if not os.path.isdir(path):
-            os.makedirs(path, 0o700, exist_ok=True)
-            sync_folder(os.path.dirname(os.path.abspath(path)))
-
-    def close(self):
-        if self.lock is not None:
-            os.close(self.lock)
-            self.lock = None
-
-    def is_there(self):
-        """Is it still the folder that we have locked? A disk may be away."""
-        try:
-            return self.lock is not None and os.path.samestat(
-                os.stat(self.folder), self.place)
-        except OSError:
-            return False
+        super().__init__(folder)
+        self.drafts = set()         # ids that are being received
+        self.first_own = ''         # older ids were found at start
+        self._clock = clock
+        self._epoch = time.time() - clock()
+        self._numbering = threading.Lock()      # guards _sequence
+        self._sequence = int.from_bytes(os.urandom(2), 'big')
+        self._delivered = set()     # their file could not be removed
+        self._unsaved = {}          # id -> changes that the disk refused
+        self._cache = {}            # id -> the bytes of a small mail that was
+                                    # just written: nobody has to read it
 
     # Time and ids.
 
-    def now(self):
+    def _now(self):
         """Seconds, in this spool's own time."""
-        return self.epoch + self.clock()
+        return self._epoch + self._clock()
 
     def age(self, id):
         """Seconds that a mail has been here with a service running."""
-        return self.now() - int(id[:8], 16)
+        return self._now() - int(id[:8], 16)
 
     def is_older(self, id, days):
         """Has it been here for so many days?"""
         return self.age(id) >= days * 86400
 
-    def new_id(self):
-        with self.counting:
-            self.sequence = (self.sequence + 1) % 0x100000
-            return '%08x-%05x' % (int(self.now()) % 0x100000000,
-                                  self.sequence)
+    def _new_id(self):
+        with self._numbering:
+            self._sequence = (self._sequence + 1) % 0x100000
+            return '%08x-%05x' % (int(self._now()) % 0x100000000,
+                                  self._sequence)
 
     # A mail's life.
 
     def draft(self, frm, to, parameters):
         """A new Draft."""
-        id = self.new_id()
-        self.drafts.add(id)
-        return Draft(self, id, 'mail', frm, to, parameters)
+        draft = Draft(self, self._new_id(), 'mail',
+                      envelope_text(frm, to, parameters), self._cache)
+        self.drafts.add(draft.id)
+        return draft
 
     def load(self, id, to_send=True):
         """The Mail of an id, None if it is not there. Raises Unfinished,
         Unreadable or OSError. to_send: one found at start is verified."""
-        if id in self.delivered:
+        if id in self._delivered:
             return None
-        data = self.fresh.pop(id, None)
+        data = self._cache.pop(id, None)
         try:
             mail = Mail(id, self.path(id, 'mail'), data)
             if data is not None:
                 return mail
         except FileNotFoundError:
-            if self.lock is None or self.is_there():
+            if self._lock is None or self.is_there():
                 return None
             raise                       # all of msgs/ is away, not this mail
         if to_send and id < self.first_own:
             mail.verify()
-        vars(mail).update(self.unsaved.get(id, {}))
-        self.epoch += max(0, mail.seen - self.now())
+        vars(mail).update(self._unsaved.get(id, {}))
+        self._epoch += max(0, mail.seen - self._now())
         return mail
-
-    def remember(self, id, data):
-        """Spares the relay to read what was just written."""
-        if len(self.fresh) < FRESH and len(data) < FRESH_SIZE:
-            self.fresh[id] = data
 
     def save(self, mail):
         """Keeps what is known of a mail in trouble: recipients left, tries.
         When the disk refuses it is remembered as long as we run."""
         import json
-        state = mail.state()
-        new = {name: value for name, value in state.items()
-               if value != mail.saved.get(name)}
-        line = json.dumps(dict(new, seen=int(self.now()))).encode()
+        changes = mail.changes()
+        line = json.dumps(dict(changes, seen=int(self._now()))).encode()
         try:
-            self.append(mail.path, b'NOOP state=%s crc32=%08x\r\n' % (
+            self._append(mail.path, b'NOOP state=%s crc32=%08x\r\n' % (
                 line, zlib.crc32(line)))
-            mail.saved = state
-            self.unsaved.pop(mail.id, None)
+            mail.mark_saved()
+            self._unsaved.pop(mail.id, None)
         except OSError as error:
-            self.unsaved[mail.id] = state
+            self._unsaved[mail.id] = changes
             log.error('%s: its state cannot be saved: %s; remembered until '
                       'the next stop', mail.id, error)
 
     @staticmethod
-    def append(path, line):
+    def _append(path, line):
         """Adds a line that lasts. Raises OSError; the part of a line that a
         crash or a full disk has left does no harm."""
         file = os.open(path, os.O_RDWR | os.O_APPEND)
@@ -1228,18 +1318,18 @@ class Spool:
     def replace(self, mail):
         """Stores what handlers made of a mail: envelope and message, one
         rename is the commit. Raises OSError, then the old one is there."""
-        draft = Draft(self, mail.id, 'new', mail.frm, mail.to,
-                      mail.parameters, HANDLED)
+        path = self.path(mail.id, 'new')
         try:
-            os.unlink(draft.path)
+            os.unlink(path)
         except FileNotFoundError:
             pass
+        draft = Draft(self, mail.id, 'new', HANDLED + envelope_text(
+            mail.frm, mail.to, mail.parameters))
         try:
             draft.write(smtps.stuffed(mail.msg))
             draft.seal()
             draft.commit()
-            self.fresh.pop(mail.id, None)
-            os.rename(draft.path, mail.path)
+            os.rename(path, mail.path)
         except BaseException:
             draft.abort()
             raise
@@ -1252,56 +1342,12 @@ class Spool:
         except FileNotFoundError:
             pass
         except OSError as error:
-            self.delivered.add(mail.id)
+            self._delivered.add(mail.id)
             log.error('%s: done, but its file cannot be removed: %s; it will '
                       'not be sent again as long as we run', mail.id, error)
             return
-        self.delivered.discard(mail.id)
-        self.unsaved.pop(mail.id, None)
-
-    def set_aside(self, name, why):
-        """Moves what can't be read to corrupt/: never run, never deleted."""
-        if self.lock is None:
-            return                      # a queue command only looks
-        corrupt = os.path.join(self.folder, 'corrupt')
-        try:
-            self.make_folder(corrupt)
-            target = os.path.join(corrupt, name)
-            while os.path.exists(target):
-                target += '+'
-            os.rename(os.path.join(self.folder, name), target)
-            sync_folder(corrupt)
-            self.sync()
-            log.error('%s: cannot be read: %s; it is kept as %s',
-                      name.rpartition('.')[0] or name, why, target)
-        except OSError as error:
-            log.error('%s: cannot be read: %s; nor set aside: %s',
-                      name, why, error)
-
-    # Names that last.
-
-    def count_name(self):
-        """The number of a name that was just made."""
-        with self.counting:
-            self.names += 1
-            return self.names
-
-    def sync_names(self, number):
-        """Makes that name last: one sync serves all that were made before
-        it. Raises OSError."""
-        if number > self.lasting:
-            newest = self.names         # before the sync
-            if self.sync():
-                self.lasting = newest   # if set back: one sync more than need
-
-    def sync(self):
-        """Makes all names last; whether it was in the folder that is locked:
-        then no other needs to be opened. Raises OSError."""
-        if self.is_there():
-            os.fsync(self.lock)
-            return True
-        sync_folder(self.folder)
-        return False
+        self._delivered.discard(mail.id)
+        self._unsaved.pop(mail.id, None)
 
     # All of them.
 
@@ -1317,8 +1363,8 @@ class Spool:
         found = self.scan()
         if found:
             newest = max(int(id[:8], 16) for id in found)
-            self.epoch = newest + 1 - self.clock()
-        self.first_own = '%08x' % int(self.now())
+            self._epoch = newest + 1 - self._clock()
+        self.first_own = '%08x' % int(self._now())
         return found
 
     def sweep(self, found):
@@ -1334,10 +1380,10 @@ class Spool:
             if self.ID.fullmatch(id) and kind == 'new':
                 os.unlink(path)
             elif not (self.ID.fullmatch(id) and kind == 'mail'):
-                self.set_aside(name, self.suspect(path))
+                self.set_aside(name, self._suspect(path))
 
     @staticmethod
-    def suspect(path):
+    def _suspect(path):
         """What a file that is not ours may be."""
         try:
             with open(path, 'rb') as file:
@@ -1349,16 +1395,16 @@ class Spool:
                     'not run: let 1.x deliver what it has before an upgrade')
         return 'it is no mail of smtpproxy'
 
-    def bury(self):
+    def retry_removals(self):
         """Tries again to remove what is delivered."""
-        for id in list(self.delivered):
+        for id in list(self._delivered):
             try:
                 os.unlink(self.path(id, 'mail'))
             except FileNotFoundError:
                 pass
             except OSError:
                 continue                # said already
-            self.delivered.discard(id)
+            self._delivered.discard(id)
 
     # Requests of the queue commands, which may run beside the service.
 
@@ -1385,31 +1431,31 @@ class Spool:
 
 MISSING = re.compile(rb'^(date|message-id|from|received)[ \t]*:',
                      re.IGNORECASE | re.MULTILINE)
-HEADER = re.compile(rb'(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*')
+# The first line of a mail from a mailbox ("From me Sun ...") is no field.
+HEADER = re.compile(rb'''(?x) (?: >?From[ ](?![ \t]*:).*\r\n )?
+    (?P<fields> (?: [!-9;-~]+[ \t]*: .*\r\n (?: [ \t].*\r\n )* )* )''')
 UNUSUAL = re.compile(r'[^A-Za-z0-9_.:\[\]-]')      # in a client's name
 HEADER_LIMIT = 512 * 1024       # bytes
 HOPS = 100                      # RFC 5321 6.3
 
 
-class Intake(smtps.Session):
-    """May this client send as this one? Then its mail goes to the spool.
+class Admission:
+    """May this client send as this one? Of one conversation: it knows who has
+    signed in. any_sender: a handler may still change who a mail is from, so
+    a sender without account is taken."""
 
-    relay: who gets a mail once it is safe, the Relay; any_sender: a handler
-    may still change who it is from, so nobody is refused."""
+    announced = set()       # unknown senders whose ini block is in the log
 
-    told = set()        # unknown senders whose ini block is in the log
+    def __init__(self, settings, any_sender):
+        self._settings, self._any_sender = settings, any_sender
+        self._signed_in_as = None       # (user, section)
 
-    def __init__(self, client, spool, settings, relay, any_sender):
-        super().__init__(client)
-        self.spool, self.settings, self.relay = spool, settings, relay
-        self.any_sender, self.signed_in_as = any_sender, None
-
-    def auth(self, user, password):
+    def sign_in(self, user, password):
         """Any login will do (devices insist on one), but for an account with
-        localpassword."""
+        localpassword. Raises smtps.Refused."""
         import hmac
-        section = self.settings.section_for(user)
-        account = self.settings.accounts.get(section)
+        section = self._settings.section_for(user)
+        account = self._settings.accounts.get(section)
         if not account or not account.localpassword or (
                 section == 'default' and '@' not in user
                 and user.lower() != section):
@@ -1419,127 +1465,141 @@ class Intake(smtps.Session):
                   for text in (account.localpassword, password))):
             raise smtps.Refused(535, '5.7.8 wrong password for [%s]'
                                 % smtps.printable(section))
-        self.signed_in_as = user, section
+        self._signed_in_as = user, section
 
-    def mail(self, sender, parameters):
-        section = self.settings.section_for(sender)
+    def admit(self, client, sender):
+        """Raises smtps.Refused if client may not send as sender."""
+        section = self._settings.section_for(sender)
         if section is None:
-            if not self.any_sender:
-                self.explain_unknown(sender)
-                raise smtps.Refused(550, '5.7.1 no account for sender <%s>'
-                                    % smtps.printable(sender))
-        elif self.settings.accounts[section].localpassword and (
-                self.signed_in_as != (self.client.user, section)):
+            if self._any_sender:
+                return
+            self._explain_unknown(client, sender)
+            raise smtps.Refused(550, '5.7.1 no account for sender <%s>'
+                                % smtps.printable(sender))
+        if self._settings.accounts[section].localpassword and (
+                self._signed_in_as != (client.user, section)):
             raise smtps.Refused(530, '5.7.0 sign in as [%s] to send as this '
                                 'one' % smtps.printable(section))
 
-    def explain_unknown(self, sender):
+    def _explain_unknown(self, client, sender):
         """What to add to the ini, once."""
-        if sender in self.told or len(self.told) > 1000:
+        if sender in self.announced or len(self.announced) > 1000:
             return
-        self.told.add(sender)
+        self.announced.add(sender)
         log.warning('%s: no account for sender <%s>; to take its mail add '
-                    'this to the ini and reload:', self.client, sender)
+                    'this to the ini and reload:', client, sender)
         for line in ('[%s]' % (sender or 'default'), 'smtphost=<your '
                      'provider\'s server>', 'smtpsecurity=tls',
                      'smtpport=587', 'smtpusername=<your name there>',
                      'smtppassword=<your password there>'):
             log.warning('    %s', line)
 
+
+class Intake(smtps.Session):
+    """One client's way in. admission: its Admission; open_draft: callable(
+    sender, recipients, parameters) -> Draft; announce: callable(id, sender,
+    line), told of each mail that is safe, with its line for the log."""
+
+    def __init__(self, client, admission, open_draft, announce):
+        super().__init__(client)
+        self._admission = admission
+        self._open_draft, self._announce = open_draft, announce
+
+    def auth(self, user, password):
+        self._admission.sign_in(user, password)
+
+    def mail(self, sender, parameters):
+        self._admission.admit(self.client, sender)
+
     def data(self, sender, recipients, parameters):
-        return Incoming(self, sender, recipients, parameters)
+        return IncomingMessage(
+            self.client, sender, recipients,
+            self._open_draft(sender, recipients, parameters), self._announce)
 
 
-class Incoming(smtps.Receiver):
+class IncomingMessage(smtps.Message):
     """One mail on its way from a client to its file: Received is put in
     front, and what every mail needs and this one lacks."""
 
-    def __init__(self, intake, sender, recipients, parameters):
-        self.intake, self.client = intake, intake.client
-        self.sender, self.recipients = sender, recipients
-        self.draft = intake.spool.draft(sender, recipients, parameters)
-        self.id = self.draft.id
-        self.head, self.in_header = b'', True
+    def __init__(self, client, sender, recipients, draft, announce):
+        self._client, self._sender = client, sender
+        self._recipients, self._announce = recipients, announce
+        self._draft, self.id = draft, draft.id
+        self._head = b''            # while the header goes on; then None
 
     def write(self, chunk):
-        """Raises Refused."""
-        if self.in_header:
-            self.head += chunk
-            chunk = self.complete_header(False)
-        self.draft.write(chunk)
-
-    def flush(self):
-        self.store(self.draft.flush)
+        """Raises smtps.Refused."""
+        if self._head is None:
+            self._store(self._draft.write, chunk)
+            return
+        self._head += chunk
+        if not self._header_goes_on():
+            self._write_head()
 
     def seal(self):
-        if self.in_header:
-            self.draft.write(self.complete_header(True))
-        self.store(self.draft.seal)
+        if self._head is not None:
+            self._write_head()
+        self._store(self._draft.seal)
 
     def commit(self):
-        """The only place that makes a 250 to the final dot possible."""
-        self.store(self.draft.commit)
-
-    def accepted(self):
-        relay = self.intake.relay
+        """The only place that says the 250 to the final dot."""
+        self._store(self._draft.commit)
         try:
-            relay.announce(
-                self.id, self.sender, '%s: accepted from <%s> to %s, %d bytes,'
-                ' client %s (%s)' % (
-                    self.id, self.sender, listed(self.recipients),
-                    self.draft.size, self.client,
-                    self.client.hello or 'gave no name'))
-        finally:
-            # Now a scan may see it: earlier the relay might take it twice.
-            self.intake.spool.drafts.discard(self.id)
+            self._announce(
+                self.id, self._sender, '%s: accepted from <%s> to %s, %d '
+                'bytes, client %s (%s)' % (
+                    self.id, self._sender, listed(self._recipients),
+                    self._draft.size, self._client,
+                    self._client.hello or 'gave no name'))
+        except BaseException:           # it is safe: no second copy, please
+            log.exception('%s: accepted, but an error keeps it back: a reload '
+                          'or the next start sends it', self.id)
+        # Now a scan may see it: earlier the relay might take it twice.
+        self._draft.release()
         return '2.0.0 accepted as ' + self.id
 
     def abort(self):
-        self.draft.abort()
-        self.intake.spool.drafts.discard(self.id)
+        self._draft.abort()
+        self._draft.release()
 
-    def store(self, step):
+    def _store(self, step, *arguments):
         """Does step; a full disk is the client's to try again."""
         try:
-            step()
+            step(*arguments)
         except OSError as error:
             log.error('%s: not taken from <%s>, client %s: it cannot be '
                       'stored: %s; answered 452, the client may try again',
-                      self.id, self.sender, self.client, error)
+                      self.id, self._sender, self._client, error)
             raise smtps.Refused(452, '4.3.1 no room for it now, try later')
 
-    def complete_header(self, all_is_there):
-        """What may be written of head: nothing while the header goes on.
-        Raises Refused."""
-        if self.head.startswith((b'From ', b'>From ')):     # of a mailbox
-            self.head = self.head.partition(b'\r\n')[2]
-        end = HEADER.match(self.head).end()
-        rest = self.head[end:]
-        if b'\r\n' not in rest and not all_is_there:
-            if len(self.head) <= HEADER_LIMIT:
-                return b''
-        if end > HEADER_LIMIT:
+    def _header_goes_on(self):
+        """May what comes next belong to the header, too?"""
+        rest = self._head[HEADER.match(self._head).end():]
+        return b'\r\n' not in rest and len(self._head) <= HEADER_LIMIT
+
+    def _write_head(self):
+        """Writes what is there, the header completed. Raises smtps.Refused.
+        """
+        match = HEADER.match(self._head)
+        header, rest = match['fields'], self._head[match.end():]
+        if len(header) > HEADER_LIMIT:
             raise smtps.Refused(552, '5.3.4 the header is too large')
         if not rest.startswith(b'\r\n'):
             rest = b'\r\n' + rest
-        header, self.head, self.in_header = self.head[:end], b'', False
-        return self.new_fields(header) + header + rest
+        self._head = None
+        self._store(self._draft.write,
+                    self._new_fields(header) + header + rest)
 
-    def new_fields(self, header):
+    def _new_fields(self, header):
         """Received, and Date, Message-ID, From where missing."""
         found = [name.lower() for name in MISSING.findall(header)]
         if found.count(b'received') > HOPS:
             log.error('%s: refused, it goes round in a loop: more than %d '
                       'Received lines; from <%s>, client %s', self.id, HOPS,
-                      self.sender, self.client)
+                      self._sender, self._client)
             raise smtps.Refused(554, '5.4.6 mail loop')
         now = mail_date(int(time.time()))
-        client = self.client
-        hello = UNUSUAL.sub('?', client.hello or '')
-        fields = ['Received: from %s ([%s%s])' % (
-            hello[:64] or 'unknown', 'IPv6:' if ':' in client.address else '',
-            client.address), '\tby %s with %s id %s;' % (
-                HOST, self.protocol(), self.id), '\t' + now]
+        fields = [self._received(now)]
         if b'date' not in found:
             fields.append('Date: ' + now)
         if b'message-id' not in found:
@@ -1547,14 +1607,19 @@ class Incoming(smtps.Receiver):
                 self.id, os.urandom(4).hex(), HOST))
         if b'from' not in found:
             fields.append('From: <%s>' % (
-                self.sender or 'MAILER-DAEMON@' + HOST))
+                self._sender or 'MAILER-DAEMON@' + HOST))
         return ('\r\n'.join(fields) + '\r\n').encode()
 
-    def protocol(self):
-        """RFC 3848: SMTP, ESMTP, ESMTPS, ESMTPA, ESMTPSA."""
-        client = self.client
-        return 'SMTP' if not client.extended else (
+    def _received(self, now):
+        """RFC 5321 4.4; the protocol's name: RFC 3848."""
+        client = self._client
+        protocol = 'SMTP' if not client.extended else (
             'ESMTP' + 'S' * client.secure + 'A' * (client.user is not None))
+        return ('Received: from %s ([%s%s])\r\n\tby %s with %s id %s;\r\n'
+                '\t%s' % (
+                    UNUSUAL.sub('?', client.hello or '')[:64] or 'unknown',
+                    'IPv6:' if ':' in client.address else '', client.address,
+                    HOST, protocol, self.id, now))
 
 
 @functools.lru_cache(1)
@@ -2557,7 +2622,7 @@ class Relay:
     def _make_round(self):
         """What is left over, and what the owner has asked for."""
         self._last_round = self.clock()
-        self.spool.bury()
+        self.spool.retry_removals()
         for path, id, what in self.spool.asked():
             self._serve_request(path, id, what)
         for destination in list(self.destinations.values()):
@@ -3086,8 +3151,9 @@ class Proxy:
             str(sock.getsockname()[1]) for sock in self.server.listeners}))
 
     def make_session(self, client):
-        return Intake(client, self.spool, self.settings, self.relay,
-                      bool(self.handlers.enabled))
+        return Intake(
+            client, Admission(self.settings, bool(self.handlers.enabled)),
+            self.spool.draft, self.relay.announce)
 
     def listen(self, host, port, tls=False):
         try:
@@ -3559,19 +3625,20 @@ class DemoProvider(smtps.Session):
             raise smtps.Refused(550, '5.7.1 POP before SMTP, please')
 
     def data(self, sender, recipients, parameters):
-        return DemoMail(self.pop.mails)
+        return DemoMessage(self.pop.mails)
 
 
-class DemoMail(smtps.Receiver):
+class DemoMessage(smtps.Message):
 
     def __init__(self, mails):
-        self.mails, self.content = mails, b''
+        self._mails, self._content = mails, b''
 
     def write(self, chunk):
-        self.content += chunk
+        self._content += chunk
 
     def commit(self):
-        self.mails.put(self.content)
+        self._mails.put(self._content)
+        return '2.0.0 thank you'
 
 
 # --- Main -------------------------------------------------------------------

@@ -24,7 +24,8 @@ class Senders(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.enterPatch(mock.patch.object(smtpproxy.Intake, 'told', set()))
+        self.enterPatch(mock.patch.object(
+            smtpproxy.Admission, 'announced', set()))
 
     def enterPatch(self, patch):
         self.addCleanup(patch.stop)
@@ -223,7 +224,7 @@ class Header(ProxyCase):
 
     def test_names_count_in_any_case_and_only_in_the_header(self):
         header, _ = self.delivered(
-            b'DATE: x\r\nmessage-id : y\r\nFrOm: z\r\nX-Date: n\r\n'
+            b'From : z\r\nDATE: x\r\nmessage-id : y\r\nX-Date: n\r\n'
             b' From: folded\r\n\r\nDate: body\r\n')
 
         self.assertEqual((1, 1, 1), tuple(
@@ -368,6 +369,20 @@ class Promise(ProxyCase):
         client.command('MAIL FROM:<%s>' % SENDER)
         client.command('RCPT TO:<%s>' % A)
         return client.data(b'Subject: x\r\n\r\n' + b'x' * 70 + b'\r\n' * size)
+
+    def test_a_mail_that_is_safe_is_answered_250_whatever_fails_then(self):
+        """A 451 would bring it a second time."""
+        self.start()
+        for error in ValueError('on purpose'), SystemExit('on purpose'):
+            with self.subTest(error), mock.patch.object(
+                    self.proxy.relay, 'announce', side_effect=error):
+                id = self.submit()
+                self.assertLogged('ERROR', id, 'accepted', 'reload')
+        self.assertEqual(set(), self.proxy.spool.drafts)
+
+        self.proxy.reload()
+
+        self.upstream.wait(2)
 
     def test_a_mail_that_is_broken_off_leaves_nothing(self):
         self.start()
