@@ -360,7 +360,11 @@ NEEDLESS = re.compile(r'''
     " ( (?: [^"\\\s@<>()\[\]:;,] | \\[^"\\\s@<>()\[\]:;,] )+ ) " (?=@)''',
                       re.VERBOSE)
 SURROGATE = re.compile('[\ud800-\udfff]')           # was not UTF-8
-SIZE, BODY = re.compile(r'[0-9]{0,20}$'), re.compile(r'[A-Za-z0-9]*$')
+SIZE = re.compile(r'[0-9]{0,20}\Z')
+# What of these parameters may be handed on: no server has to understand what
+# a client made up.
+UNDERSTOOD = re.compile('BODY=(?:7BIT|8BITMIME)|SMTPUTF8',
+                        re.IGNORECASE | re.ASCII)
 
 
 def after(word, argument):
@@ -398,19 +402,17 @@ def parse_path(text, status):
 
 def parse_parameters(words):
     """{'SIZE': '1', 'SMTPUTF8': ''} of ['SIZE=1', 'SMTPUTF8']; raises
-    Refused."""
+    Refused. Of BODY and SMTPUTF8 other values are taken and left out."""
     parameters = {}
     for word in words:
         keyword, _, value = word.partition('=')
-        if keyword.upper() not in PARAMETERS:
+        keyword = keyword.upper()
+        if keyword not in PARAMETERS:
             raise Refused(555, '5.5.4 unknown parameter ' + printable(word))
-        parameters[keyword.upper()] = value
+        if keyword not in ('BODY', 'SMTPUTF8') or UNDERSTOOD.fullmatch(word):
+            parameters[keyword] = value
     if not SIZE.match(parameters.get('SIZE', '')):
         raise Refused(501, '5.5.4 SIZE takes a number')
-    if not BODY.match(parameters.get('BODY', '')):
-        raise Refused(501, '5.5.4 BODY takes a word')
-    if parameters.get('SMTPUTF8'):
-        raise Refused(501, '5.5.4 SMTPUTF8 takes no value')
     return parameters
 
 

@@ -384,6 +384,28 @@ class Promise(ProxyCase):
 
         self.upstream.wait(2)
 
+    def test_only_parameters_that_are_understood_are_handed_on(self):
+        """Issue 17: a strict server refuses others for good."""
+        self.start()
+        for said, on in ((b'BODY=8bitmime', ' BODY=8BITMIME'),
+                         (b'BODY=7BIT SMTPUTF8', ' BODY=7BIT'),
+                         (b'BODY=BINARYMIME', ''), (b'BODY', ''),
+                         (b'BODY=FOO SMTPUTF8=x', ''),
+                         (b'BODY=\xff SMTPUTF8=\xff', '')):
+            with self.subTest(said):
+                client = self.greeted()
+                client.send(b'MAIL FROM:<%s> %s\r\n' % (
+                    SENDER.encode(), said))
+                client.expect('250')
+                client.command('RCPT TO:<%s>' % A)
+                count = len(self.upstream.mails)
+                self.assertEqual(250, client.data(b'\r\nhello\r\n')[0])
+                self.upstream.wait(count + 1)
+                self.assertIn('MAIL FROM:<%s>%s' % (SENDER, on), (
+                    self.upstream.commands))
+                self.upstream.commands.clear()
+        self.assertEqual(set(), self.proxy.spool.drafts)
+
     def test_a_mail_that_is_broken_off_leaves_nothing(self):
         self.start()
         client = self.greeted()

@@ -349,6 +349,9 @@ class Dialects(ListenerCase):
         for words, source in (
                 ('BODY=7BIT', 'RFC 6152'), ('BODY=8BITMIME', 'RFC 6152'),
                 ('BODY=BINARYMIME', 'RFC 3030'), ('SIZE=0', 'RFC 1870'),
+                ('BODY=FOO', 'no RFC'), ('BODY', 'no value'),
+                ('BODY=\\xff\\x80', 'no letters'), ('SMTPUTF8=x', 'no RFC'),
+                ('SMTPUTF8=\\xff', 'no letters'),
                 ('SIZE', 'a keyword without value, simplesmtp#17'),
                 ('AUTH=<>', 'RFC 4954'), ('SMTPUTF8', 'RFC 6531'),
                 ('RET=HDRS ENVID=x', 'RFC 3461'), ('size=5', 'lower case'),
@@ -669,10 +672,18 @@ class Addresses(unittest.TestCase):
                 with self.subTest(bad, written=written):
                     self.assertIsNone(self.accepted(written % bad))
 
-    def test_what_is_kept_of_the_parameters_can_be_kept(self):
-        for words in 'SMTPUTF8=x', 'SMTPUTF8=\udcff', 'BODY=<b>', 'BODY=\0':
+    def test_of_the_parameters_what_is_understood_is_kept(self):
+        """Issue 17: a strict server refuses the rest for good."""
+        for words, kept in (
+                ('BODY=7BIT SMTPUTF8', {'BODY': '7BIT', 'SMTPUTF8': ''}),
+                ('body=8bitmime', {'BODY': '8bitmime'}),
+                ('BODY=BINARYMIME', {}), ('BODY', {}), ('BODY=', {}),
+                ('BODY=FOO', {}), ('BODY=<b>', {}), ('BODY=\0', {}),
+                ('BODY=8B\u0131TMIME', {}), ('BODY=\udcff', {}),
+                ('SMTPUTF8=x', {}), ('SMTPUTF8=\udcff', {})):
             with self.subTest(words):
-                self.assertIsNone(self.accepted('<a@x> ' + words))
+                self.assertEqual(
+                    ('a@x', kept), smtps.parse_path('<a@x> ' + words, '5'))
 
 
 # --- Limits -----------------------------------------------------------------
