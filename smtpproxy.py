@@ -291,19 +291,19 @@ class IniReader:
     """Turns an ini file into Settings and collects what is wrong with it."""
 
     def __init__(self, path):
-        self.path, self.mistakes, self.warnings = path, [], []
-        self.folder = os.path.dirname(os.path.abspath(path))
-        self.parser = self.parse(self.read())
+        self._path, self._mistakes, self._warnings = path, [], []
+        self._folder = os.path.dirname(os.path.abspath(path))
+        self._parser = self._parse(self._read())
 
-    def read(self):
-        with open(self.path, encoding='utf-8-sig') as file:
+    def _read(self):
+        with open(self._path, encoding='utf-8-sig') as file:
             try:
                 return file.read()
             except UnicodeDecodeError as error:
                 raise ConfigError(['%s: byte %d is not UTF-8: save the file '
-                                   'as UTF-8' % (self.path, error.start)])
+                                   'as UTF-8' % (self._path, error.start)])
 
-    def parse(self, text):
+    def _parse(self, text):
         """A ConfigParser of text. What it can't read is noted and blanked,
         until it can: so that all mistakes are named at once."""
         import configparser
@@ -314,7 +314,7 @@ class IniReader:
                 interpolation=None, default_section='\0',
                 empty_lines_in_values=False)
             try:
-                parser.read_string('\n'.join(lines), self.path)
+                parser.read_string('\n'.join(lines), self._path)
                 return parser
             except configparser.DuplicateSectionError as error:
                 bad = [(error.lineno, 'section [%s] is there twice: join the '
@@ -330,62 +330,62 @@ class IniReader:
                        for number, _ in error.errors]
             for number, what in bad:
                 lines[number - 1] = instead
-                self.mistakes.append('%s line %d: %s' % (
-                    self.path, number, what))
+                self._mistakes.append('%s line %d: %s' % (
+                    self._path, number, what))
 
     def settings(self):
         config, logs, accounts, handlers = Config(), Logging(), {}, {}
         seen = set()
-        for section in self.parser.sections():
+        for section in self._parser.sections():
             name = ' '.join(section.lower().split())
             if name in seen:
-                self.complain(section, '', 'is there twice: letters large and '
-                              'small are the same in a name')
+                self._complain(section, '', 'is there twice: letters large '
+                               'and small are the same in a name')
             elif name == 'config':
-                config = self.read_section(section, Config)
+                config = self._read_section(section, Config)
             elif name == 'logging':
-                logs = self.read_section(section, Logging)
+                logs = self._read_section(section, Logging)
             elif name.startswith('handler ') and '@' not in name:
                 handlers[section.split(None, 1)[1].strip()] = dict(
-                    self.parser[section])
+                    self._parser[section])
             elif not name.startswith('\1'):
-                accounts[name] = self.read_section(section, Account)
+                accounts[name] = self._read_section(section, Account)
             seen.add(name)
-        self.resolve(accounts)
-        config, logs = self.complete(config, logs)
-        if self.mistakes:
-            raise ConfigError(self.mistakes)
-        return Settings(self.path, config, logs, accounts, handlers,
-                        self.warnings + self.careless(config, accounts))
+        self._resolve(accounts)
+        config, logs = self._finish(config, logs)
+        if self._mistakes:
+            raise ConfigError(self._mistakes)
+        return Settings(self._path, config, logs, accounts, handlers,
+                        self._warnings + self._find_warnings(config, accounts))
 
-    def complain(self, section, key, what):
-        self.mistakes.append('%s: [%s] %s%s' % (
-            self.path, section, key and key + ' ', what))
+    def _complain(self, section, key, what):
+        self._mistakes.append('%s: [%s] %s%s' % (
+            self._path, section, key and key + ' ', what))
 
-    def warn(self, section, key, what):
-        self.warnings.append('%s: [%s] %s %s' % (
-            self.path, section, key, what))
+    def _warn(self, section, key, what):
+        self._warnings.append('%s: [%s] %s %s' % (
+            self._path, section, key, what))
 
-    def read_section(self, section, shape):
+    def _read_section(self, section, shape):
         """A shape (Config, Logging, Account) from one section."""
         found = {}
-        for key, value in self.parser[section].items():
+        for key, value in self._parser[section].items():
             if key not in shape._fields:
-                self.complain(section, key, 'is no key here' + self.nearest(
+                self._complain(section, key, 'is no key here' + self._nearest(
                     key, shape))
             elif '\n' in value:
-                self.complain(section, key, 'has more than one line: does '
-                              'the next one begin with a blank?')
+                self._complain(section, key, 'has more than one line: does '
+                               'the next one begin with a blank?')
             else:
-                found[key] = self.convert(
+                found[key] = self._convert(
                     section, key, value, shape.__annotations__[key])
         if shape is Account:
-            self.check_account(section, found)
+            self._check_account(section, found)
         return shape(**{key: value for key, value in found.items()
                         if value is not None})
 
     @staticmethod
-    def nearest(key, shape):
+    def _nearest(key, shape):
         """A hint at the name that was meant."""
         if shape is Account and (key in Config._fields
                                  or key in Logging._fields):
@@ -396,36 +396,36 @@ class IniReader:
         return nearest(key, shape._fields) or (
             '; known are ' + ', '.join(shape._fields))
 
-    def convert(self, section, key, text, kind):
+    def _convert(self, section, key, text, kind):
         """The value of a key; None after a complaint."""
         if kind in (file_path, pem_file) and text:
-            text = os.path.join(self.folder, os.path.expanduser(text))
+            text = os.path.join(self._folder, os.path.expanduser(text))
         try:
-            return kind(text, functools.partial(self.warn, section, key))
+            return kind(text, functools.partial(self._warn, section, key))
         except ValueError as error:
-            self.complain(section, key, '= %s: %s' % (
+            self._complain(section, key, '= %s: %s' % (
                 '***' if key.endswith('password') else text, error))
 
-    def check_account(self, section, found):
+    def _check_account(self, section, found):
         """What an account needs, and what follows from what."""
         if found.get('use'):
             if len(found) > 1:
-                self.complain(section, 'use', 'must be the only key here')
+                self._complain(section, 'use', 'must be the only key here')
             return
         for key in ('smtphost',) + (
                 ('pophost', 'popusername', 'poppassword')
                 if found.get('popbeforesmtp') else ()):
             if found.get(key, '') == '':
-                self.complain(section, key, 'is missing')
+                self._complain(section, key, 'is missing')
         if not found.get('smtpport'):
             implicit = found.get('smtpsecurity') == 'ssl'
             found['smtpport'] = 465 if implicit else 25
         if bool(found.get('smtpusername')) != bool(found.get('smtppassword')):
-            self.warnings.append(
+            self._warnings.append(
                 '%s: [%s] has smtpusername or smtppassword without the other: '
-                'there will be no login' % (self.path, section))
+                'there will be no login' % (self._path, section))
 
-    def resolve(self, accounts):
+    def _resolve(self, accounts):
         """Puts the account that is meant in the place of each use=."""
         for name, account in list(accounts.items()):
             path = [name]
@@ -433,59 +433,60 @@ class IniReader:
                 target = account.use.lower()
                 account = accounts.get(target)
                 if account is None:
-                    self.complain(name, 'use', '= %s: there is no such section'
-                                  % target + nearest(target, accounts))
+                    self._complain(
+                        name, 'use', '= %s: there is no such section' % target
+                        + nearest(target, accounts))
                 elif target in path:
-                    self.complain(name, 'use', 'goes round in a circle: '
-                                  + ' -> '.join(path + [target]))
+                    self._complain(name, 'use', 'goes round in a circle: '
+                                   + ' -> '.join(path + [target]))
                     account = None
                 path.append(target)
             if account is not None:
                 accounts[name] = account
 
-    def complete(self, config, logs):
+    def _finish(self, config, logs):
         """Defaults that depend on something else, checks across keys."""
         if not os.path.isabs(config.msgdir):
             config = config._replace(msgdir=os.path.join(HOME, 'msgs'))
         if os.path.realpath(config.msgdir) in map(os.path.realpath, (
-                HOME, self.folder)):
-            self.complain('config', 'msgdir', '= %s: must be a folder of its '
-                          'own: what is no mail there is moved to corrupt/'
-                          % config.msgdir)
+                HOME, self._folder)):
+            self._complain('config', 'msgdir', '= %s: must be a folder of its '
+                           'own: what is no mail there is moved to corrupt/'
+                           % config.msgdir)
         if not os.path.isabs(logs.file):
-            logs = logs._replace(file=os.path.join(self.folder, logs.file))
+            logs = logs._replace(file=os.path.join(self._folder, logs.file))
         if bool(config.tlscert) != bool(config.tlskey):
-            self.complain('config', 'tlscert', 'and tlskey go together')
+            self._complain('config', 'tlscert', 'and tlskey go together')
         if config.tlsport and not config.tlscert:
-            self.complain('config', 'tlsport', 'needs tlscert and tlskey')
+            self._complain('config', 'tlsport', 'needs tlscert and tlskey')
         try:
             smtps.Networks(config.allow)
         except ValueError as error:
-            self.complain('config', 'allow', '%s: use networks such as '
-                          '192.168.1.0/24, or any' % error)
+            self._complain('config', 'allow', '%s: use networks such as '
+                           '192.168.1.0/24, or any' % error)
         try:
             identity(config)
         except KeyError as error:
-            self.complain('config', 'user or group', '%s is not known on '
-                          'this box' % error)
+            self._complain('config', 'user or group', '%s is not known on '
+                           'this box' % error)
         return config, logs
 
-    def careless(self, config, accounts):
-        """Warnings: what works, but may not be what the owner wants."""
+    def _find_warnings(self, config, accounts):
+        """What works, but may not be what the owner wants."""
         passwords = [(section, key, value)
-                     for section in self.parser.sections()
-                     for key, value in self.parser[section].items()
+                     for section in self._parser.sections()
+                     for key, value in self._parser[section].items()
                      if key.endswith('password')]
         found = ['%s: [%s] %s has %%%%: smtpproxy 1.x read it as one %%, 2.0 '
-                 'takes it as it stands' % (self.path, section, key)
+                 'takes it as it stands' % (self._path, section, key)
                  for section, key, value in passwords if '%%' in value]
         if not accounts:
             found.append('%s: no account: all mail will be refused. Add a '
-                         'section such as [default]' % self.path)
+                         'section such as [default]' % self._path)
         if passwords:
-            found += warn_of_secrets(self.path, service_group(config))
+            found += warn_of_secrets(self._path, service_group(config))
         return (found + warn_of_folder(config.msgdir)
-                + warn_of_program(self.path))
+                + warn_of_program(self._path))
 
 
 def bare_address(text):
@@ -605,65 +606,65 @@ class LogFile(logging.Handler):
 
     def __init__(self, path, size, count):
         super().__init__()
-        self.path, self.size, self.count = path, size, count
-        self.file, self.written, self.broken = None, 0, ''
-        self.closed = False
+        self._path, self._size, self._count = path, size, count
+        self._file, self._written, self._broken = None, 0, ''
+        self._is_closed = False
 
     def emit(self, record):
         """Under the lock: see logging.Handler.handle."""
         line = (self.format(record) + '\n').encode('utf-8', 'replace')
         try:
-            if self.file is None:
-                self.open()
-            if self.size and self.written + len(line) > self.size and (
-                    self.written):
-                self.rotate()
-            os.write(self.file, line)
-            self.written += len(line)
+            if self._file is None:
+                self._open()
+            if self._size and self._written + len(line) > self._size and (
+                    self._written):
+                self._rotate()
+            os.write(self._file, line)
+            self._written += len(line)
         except OSError as error:
-            self.complain('written', error)
-        if self.closed:
-            self.close_file()
+            self._complain('written', error)
+        if self._is_closed:
+            self._close_file()
 
-    def open(self):
-        self.file = os.open(
-            self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
-        self.written = os.fstat(self.file).st_size
+    def _open(self):
+        self._file = os.open(
+            self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        self._written = os.fstat(self._file).st_size
 
-    def rotate(self):
+    def _rotate(self):
         """smtpproxy.log becomes smtpproxy.log.1, that one .2, and so on. If
         that can't be, it goes on in the same file and tries much later."""
-        self.written = 0
-        names = [self.path] + [
-            '%s.%d' % (self.path, n + 1) for n in range(self.count)]
+        self._written = 0
+        names = [self._path] + [
+            '%s.%d' % (self._path, n + 1) for n in range(self._count)]
         try:
             for old, new in reversed(list(zip(names, names[1:]))):
                 if os.path.exists(old):
                     os.replace(old, new)
-            if not self.count:
-                os.unlink(self.path)
-            full = self.file
-            self.open()                 # if it can't, the full one goes on
+            if not self._count:
+                os.unlink(self._path)
+            full = self._file
+            self._open()                # if it can't, the full one goes on
             os.close(full)
         except OSError as error:
-            self.complain('renamed', error)
+            self._complain('renamed', error)
 
-    def complain(self, what, error):
-        if self.broken != str(error):
-            self.broken = str(error)
+    def _complain(self, what, error):
+        if self._broken != str(error):
+            self._broken = str(error)
             say('the log %s cannot be %s: %s; mail goes on'
-                % (self.path, what, error))
+                % (self._path, what, error))
 
-    def close_file(self):
-        file, self.file = self.file, None
+    def _close_file(self):
+        file, self._file = self._file, None
         if file is not None:
             os.close(file)
 
     def close(self):
         self.acquire()
         try:
-            self.closed = True
-            self.close_file()
+            self._is_closed = True
+            self._close_file()
         finally:
             self.release()
         super().close()
@@ -693,19 +694,19 @@ class OneLine(logging.Formatter):
     """Whatever a client or server says can't fake a line of ours: what is
     printed below a line, a traceback, stands back from the edge."""
 
-    second = clock = None
+    _second = _clock = None
 
     def format(self, record):
-        message = self.message_of(record)
+        message = self._message_of(record)
         second = int(record.created)
-        if second != self.second:       # of many lines a second, format one
-            self.clock = time.strftime(
+        if second != self._second:      # of many lines a second, format one
+            self._clock = time.strftime(
                 '%Y-%m-%d %H:%M:%S', time.localtime(second))
-            self.second = second
-        return '%s,%03d %s %s' % (self.clock, record.msecs, record.levelname,
+            self._second = second
+        return '%s,%03d %s %s' % (self._clock, record.msecs, record.levelname,
                                   message)
 
-    def message_of(self, record):
+    def _message_of(self, record):
         lines = [printable(record.getMessage())]
         if record.exc_info:
             lines += ['    ' + printable(line) for line in
@@ -717,7 +718,7 @@ class ForCommand(OneLine):
     """The log among the lines of a command: what, but not when."""
 
     def format(self, record):
-        return '  log: ' + self.message_of(record)
+        return '  log: ' + self._message_of(record)
 
 
 def on_terminal():
@@ -757,17 +758,17 @@ class HandlerLog:
     def __init__(self, name):
         self.name, self.id = name, '-'
 
-    def write(self, level, message, *arguments, **options):
+    def _write(self, level, message, *arguments, **options):
         text = str(message) % arguments if arguments else str(message)
         log.log(level, '%s: handler %s: %s', self.id, self.name, text,
                 **options)
 
-    at = functools.partialmethod
-    log = info = at(write, logging.INFO)
-    logerr = error = critical = at(write, logging.ERROR)
-    logwarn = warning = warn = at(write, logging.WARNING)
-    logdebug = debug = at(write, logging.DEBUG)
-    exception = at(write, logging.ERROR, exc_info=True)
+    _at = functools.partialmethod
+    log = info = _at(_write, logging.INFO)
+    logerr = error = critical = _at(_write, logging.ERROR)
+    logwarn = warning = warn = _at(_write, logging.WARNING)
+    logdebug = debug = _at(_write, logging.DEBUG)
+    exception = _at(_write, logging.ERROR, exc_info=True)
 
 
 # --- Spool: what is on disk -------------------------------------------------
