@@ -362,180 +362,33 @@ def load(path):
     return IniReader(path).settings()
 
 
-class IniReader:
-    """Turns an ini file into Settings and collects what is wrong with it."""
+class OAuthKeys:
+    """Checks the keys of accounts that sign in by OAuth2, and sets what their
+    provider sets. complain: callable(section, key, what)."""
 
-    def __init__(self, path):
-        self.path, self.mistakes, self.warnings = path, [], []
-        self.grants = {}      # see check_shared
-        self.folder = os.path.dirname(os.path.abspath(path))
-        self.parser = self.parse(self.read())
+    def __init__(self, complain):
+        self._complain = complain
+        self._grants = {}       # see _check_shared
 
-    def read(self):
-        with open(self.path, encoding='utf-8-sig') as file:
-            try:
-                return file.read()
-            except UnicodeDecodeError as error:
-                raise ConfigError(['%s: byte %d is not UTF-8: save the file '
-                                   'as UTF-8' % (self.path, error.start)])
+    def sections(self):
+        """The lower-case names of those sections that hold the keys of a
+        sign-in, for all that share it."""
+        return [name for name, _ in self._grants.values()]
 
-    def parse(self, text):
-        """A ConfigParser of text. What it can't read is noted and blanked,
-        until it can: so that all mistakes are named at once."""
-        import configparser
-        lines = text.split('\n')
-        while True:
-            instead = ''
-            parser = configparser.ConfigParser(
-                interpolation=None, default_section='\0',
-                empty_lines_in_values=False)
-            try:
-                parser.read_string('\n'.join(lines), self.path)
-                return parser
-            except configparser.DuplicateSectionError as error:
-                bad = [(error.lineno, 'section [%s] is there twice: join the '
-                        'two' % error.section)]
-                instead = '[\1%d]' % error.lineno
-            except configparser.DuplicateOptionError as error:
-                bad = [(error.lineno, '[%s] %s is there twice: remove one'
-                        % (error.section, error.option))]
-            except configparser.MissingSectionHeaderError as error:
-                bad = [(error.lineno, 'a line before the first [section]')]
-            except configparser.ParsingError as error:
-                bad = [(number, 'neither key=value nor [section]')
-                       for number, _ in error.errors]
-            for number, what in bad:
-                lines[number - 1] = instead
-                self.mistakes.append('%s line %d: %s' % (
-                    self.path, number, what))
-
-    def settings(self):
-        config, logs, accounts, handlers = Config(), Logging(), {}, {}
-        seen = set()
-        for section in self.parser.sections():
-            name = ' '.join(section.lower().split())
-            if name in seen:
-                self.complain(section, '', 'is there twice: letters large and '
-                              'small are the same in a name')
-            elif name == 'config':
-                config = self.read_section(section, Config)
-            elif name == 'logging':
-                logs = self.read_section(section, Logging)
-            elif name.startswith('handler ') and '@' not in name:
-                handlers[section.split(None, 1)[1].strip()] = dict(
-                    self.parser[section])
-            elif not name.startswith('\1'):
-                self.check_name(section, name)
-                accounts[name] = self.read_section(section, Account)
-            seen.add(name)
-        self.resolve(accounts)
-        config, logs = self.complete(config, logs)
-        if self.mistakes:
-            raise ConfigError(self.mistakes)
-        return Settings(self.path, config, logs, accounts, handlers,
-                        self.warnings + self.careless(config, accounts),
-                        {accounts[name].grant: name
-                         for name, _ in self.grants.values()})
-
-    def complain(self, section, key, what):
-        self.mistakes.append('%s: [%s] %s%s' % (
-            self.path, section, key and key + ' ', what))
-
-    def check_name(self, section, name):
-        """Warns of a name that no sender has."""
-        meant = bare_address(name).strip('"\'')
-        user, at, domain = meant.rpartition('@')
-        if domain == '*':
-            meant = 'default'
-        elif at and (not user or '*' in user):
-            meant = '*@' + domain
-        if meant != name:
-            self.warnings.append(
-                '%s: [%s] is the address of no sender: do you mean [%s]?'
-                % (self.path, section, meant))
-
-    def warn(self, section, key, what):
-        self.warnings.append('%s: [%s] %s %s' % (
-            self.path, section, key, what))
-
-    def read_section(self, section, shape):
-        """A shape (Config, Logging, Account) from one section."""
-        found = {}
-        for key, value in self.parser[section].items():
-            if key not in shape._fields:
-                self.complain(section, key, 'is no key here' + self.nearest(
-                    key, shape))
-            elif '\n' in value:
-                self.complain(section, key, 'has more than one line: does '
-                              'the next one begin with a blank?')
-            else:
-                found[key] = self.convert(
-                    section, key, value, shape.__annotations__[key])
-        if shape is Account:
-            self.check_account(section, found)
-        return shape(**{key: value for key, value in found.items()
-                        if value is not None})
-
-    @staticmethod
-    def nearest(key, shape):
-        """A hint at the name that was meant."""
-        if shape is Account and (key in Config._fields
-                                 or key in Logging._fields):
-            kind = 'config' if key in Config._fields else 'logging'
-            return ': it belongs into [%s]' % kind
-        if shape is not Account and key in Account._fields:
-            return ': it belongs into the section of an account'
-        return nearest(key, shape._fields) or (
-            '; known are ' + ', '.join(shape._fields))
-
-    def convert(self, section, key, text, kind):
-        """The value of a key; None after a complaint."""
-        if kind in (file_path, pem_file) and text:
-            text = os.path.join(self.folder, os.path.expanduser(text))
-        try:
-            return kind(text, functools.partial(self.warn, section, key))
-        except ValueError as error:
-            self.complain(section, key, '= %s: %s' % (
-                '***' if key.endswith(SECRETS) else text, error))
-
-    def check_account(self, section, found):
-        """What an account needs, and what follows from what."""
-        if found.get('use'):
-            if len(found) > 1:
-                self.complain(section, 'use', 'must be the only key here')
-            return
-        self.check_oauth(section, found)
-        for key in ('smtphost',) + (
-                ('pophost', 'popusername', 'poppassword')
-                if found.get('popbeforesmtp') else ()):
-            if found.get(key, '') == '':
-                self.complain(section, key, 'is missing')
-        if not found.get('smtpport'):
-            implicit = found.get('smtpsecurity') == 'ssl'
-            found['smtpport'] = 465 if implicit else 25
-        if not found.get('oauth') and bool(found.get('smtpusername')) != bool(
-                found.get('smtppassword')):
-            self.warnings.append(
-                '%s: [%s] has smtpusername or smtppassword without the other: '
-                'there will be no login' % (self.path, section))
-        if (found.get('popssl'), found.get('popport', 995)) == ('tls', 995):
-            self.warn(section, 'popssl', '= tls is for popport=110; on port '
-                      '995 TLS begins at once: popssl=true')
-
-    def check_oauth(self, section, found):
+    def check(self, section, found):
         """What an account with oauth needs; sets what its provider sets."""
         provider = found['oauth'] = found.get('oauth', '').lower()
         if not provider:
-            self.check_no_oauth(section, found)
+            self._check_no_oauth(section, found)
             return
         if provider not in OAUTH_PRESETS:
-            self.complain(section, 'oauth', '= %s: must be one of %s' % (
+            self._complain(section, 'oauth', '= %s: must be one of %s' % (
                 provider, ', '.join(OAUTH_PRESETS)))
             found.setdefault('smtphost', provider)  # one mistake, one line
             return
         address = found.get('oauthtokenurl') or OAUTH_PRESETS[provider].get(
             'oauthtokenurl')
-        self.set_by_provider(section, found)
+        self._set_by_provider(section, found)
         needed = ['smtpusername', 'oauthclientid', 'oauthscope',
                   'oauthtokenurl', {'device': 'oauthdeviceurl',
                                     'browser': 'oauthauthurl',
@@ -543,19 +396,19 @@ class IniReader:
                                         found['oauthflow']]]
         for key in needed:
             if not found.get(key):
-                self.complain(section, key, 'is missing: oauth=%s with '
+                self._complain(section, key, 'is missing: oauth=%s with '
                               'oauthflow=%s needs it' % (
                                   provider, found['oauthflow']))
         for key in 'oauthtokenurl', 'oauthdeviceurl', 'oauthauthurl':
-            self.check_url(section, key, found.get(key))
-        self.check_oauth_company(section, found)
+            self._check_url(section, key, found.get(key))
+        self._check_company(section, found)
         if all(map(found.get, needed)):
-            self.check_shared(section, found, address)
+            self._check_shared(section, found, address)
 
-    def set_by_provider(self, section, found):
+    def _set_by_provider(self, section, found):
         provider, tenant = found['oauth'], found.get('oauthtenant') or 'common'
         if not re.match(r'[A-Za-z0-9.-]+$', tenant):
-            self.complain(section, 'oauthtenant', '= %s: must be common, '
+            self._complain(section, 'oauthtenant', '= %s: must be common, '
                           'organizations, consumers, or the id or domain of '
                           'a tenant' % tenant)
             tenant = 'common'
@@ -576,7 +429,7 @@ class IniReader:
                 found[key] = value.replace('TENANT', tenant) if isinstance(
                     value, str) else value
 
-    def check_url(self, section, key, url):
+    def _check_url(self, section, key, url):
         """What is secret goes there: https, unless it stays on the box."""
         from urllib.parse import urlsplit
         try:
@@ -589,58 +442,219 @@ class IniReader:
                 return
         except ValueError:
             pass                        # a port that is no number
-        self.complain(section, key, '= %s: must be an address that begins '
+        self._complain(section, key, '= %s: must be an address that begins '
                       'with https:// (http:// only for 127.0.0.1)' % url)
 
-    def check_oauth_company(self, section, found):
+    def _check_company(self, section, found):
         """What does not go together with oauth."""
         flow, provider = found['oauthflow'], found['oauth']
         for key in found:
             if key.startswith('smtppassword') and found[key]:
-                self.complain(section, key, 'and oauth exclude each other: '
+                self._complain(section, key, 'and oauth exclude each other: '
                               'remove one of them')
         if (found.get('smtpauth') or 'auto') not in (
                 'auto', 'xoauth2', 'oauthbearer'):
-            self.complain(section, 'smtpauth', '= %s: with oauth it must be '
+            self._complain(section, 'smtpauth', '= %s: with oauth it must be '
                           'auto, xoauth2 or oauthbearer' % found['smtpauth'])
         if (found.get('smtpsecurity') or 'none') == 'none' and not is_loopback(
                 found.get('smtphost') or ''):
-            self.complain(section, 'smtpsecurity', '= none: with oauth it '
+            self._complain(section, 'smtpsecurity', '= none: with oauth it '
                           'must be tls or ssl: all could read the token')
         if provider == 'google' and flow != 'browser':
-            self.complain(section, 'oauthflow', '= %s: Google lets nobody '
+            self._complain(section, 'oauthflow', '= %s: Google lets nobody '
                           'sign in for mail so; set browser' % flow)
         if provider == 'microsoft' and flow == 'app' and found.get(
                 'oauthtenant', 'common') in ('', 'common', 'consumers'):
-            self.complain(section, 'oauthtenant', 'must be the id or domain '
+            self._complain(section, 'oauthtenant', 'must be the id or domain '
                           'of your tenant with oauthflow=app')
 
-    def check_no_oauth(self, section, found):
+    def _check_no_oauth(self, section, found):
         for key in found:
             if key.startswith('oauth') and found[key] not in (
                     None, '', Account._field_defaults[key]):
-                self.complain(section, key, 'needs oauth=microsoft, google '
+                self._complain(section, key, 'needs oauth=microsoft, google '
                               'or other beside it')
         if found.get('smtpauth') in ('xoauth2', 'oauthbearer'):
-            self.complain(section, 'smtpauth', '= %s: needs oauth=microsoft, '
+            self._complain(section, 'smtpauth', '= %s: needs oauth=microsoft, '
                           'google or other beside it' % found['smtpauth'])
 
-    def check_shared(self, section, found, address):
+    def _check_shared(self, section, found, address):
         """Sections with one sign-in must mean the same. address: of the
         token server, with TENANT as it stands."""
         name = ' '.join(section.lower().split())
         key = found['smtpusername'].lower(), found['oauthclientid'], address
-        first, other = self.grants.setdefault(key, (name, found))
+        first, other = self._grants.setdefault(key, (name, found))
         for key in ('oauthscope', 'oauthflow', 'oauthtenant',
                     'oauthclientsecret'):
             default = Account._field_defaults[key]
             if found.get(key, default) != other.get(key, default):
-                self.complain(section, key, 'is not that of [%s], which has '
+                self._complain(section, key, 'is not that of [%s], which has '
                               'the same sign-in (smtpusername, oauthclientid '
                               'and oauthtokenurl): they must agree; best is '
                               'use=%s' % (first, first))
 
-    def resolve(self, accounts):
+
+class IniReader:
+    """Turns an ini file into Settings and collects what is wrong with it."""
+
+    def __init__(self, path):
+        self._path, self._mistakes, self._warnings = path, [], []
+        self._folder = os.path.dirname(os.path.abspath(path))
+        self._oauth = OAuthKeys(self._complain)
+        self._parser = self._parse(self._read())
+
+    def _read(self):
+        with open(self._path, encoding='utf-8-sig') as file:
+            try:
+                return file.read()
+            except UnicodeDecodeError as error:
+                raise ConfigError(['%s: byte %d is not UTF-8: save the file '
+                                   'as UTF-8' % (self._path, error.start)])
+
+    def _parse(self, text):
+        """A ConfigParser of text. What it can't read is noted and blanked,
+        until it can: so that all mistakes are named at once."""
+        import configparser
+        lines = text.split('\n')
+        while True:
+            instead = ''
+            parser = configparser.ConfigParser(
+                interpolation=None, default_section='\0',
+                empty_lines_in_values=False)
+            try:
+                parser.read_string('\n'.join(lines), self._path)
+                return parser
+            except configparser.DuplicateSectionError as error:
+                bad = [(error.lineno, 'section [%s] is there twice: join the '
+                        'two' % error.section)]
+                instead = '[\1%d]' % error.lineno
+            except configparser.DuplicateOptionError as error:
+                bad = [(error.lineno, '[%s] %s is there twice: remove one'
+                        % (error.section, error.option))]
+            except configparser.MissingSectionHeaderError as error:
+                bad = [(error.lineno, 'a line before the first [section]')]
+            except configparser.ParsingError as error:
+                bad = [(number, 'neither key=value nor [section]')
+                       for number, _ in error.errors]
+            for number, what in bad:
+                lines[number - 1] = instead
+                self._mistakes.append('%s line %d: %s' % (
+                    self._path, number, what))
+
+    def settings(self):
+        config, logs, accounts, handlers = Config(), Logging(), {}, {}
+        seen = set()
+        for section in self._parser.sections():
+            name = ' '.join(section.lower().split())
+            if name in seen:
+                self._complain(section, '', 'is there twice: letters large '
+                               'and small are the same in a name')
+            elif name == 'config':
+                config = self._read_section(section, Config)
+            elif name == 'logging':
+                logs = self._read_section(section, Logging)
+            elif name.startswith('handler ') and '@' not in name:
+                handlers[section.split(None, 1)[1].strip()] = dict(
+                    self._parser[section])
+            elif not name.startswith('\1'):
+                self._check_name(section, name)
+                accounts[name] = self._read_section(section, Account)
+            seen.add(name)
+        self._resolve(accounts)
+        config, logs = self._finish(config, logs)
+        if self._mistakes:
+            raise ConfigError(self._mistakes)
+        return Settings(self._path, config, logs, accounts, handlers,
+                        self._warnings + self._find_warnings(config, accounts),
+                        {accounts[name].grant: name
+                         for name in self._oauth.sections()})
+
+    def _complain(self, section, key, what):
+        self._mistakes.append('%s: [%s] %s%s' % (
+            self._path, section, key and key + ' ', what))
+
+    def _check_name(self, section, name):
+        """Warns of a name that no sender has."""
+        meant = bare_address(name).strip('"\'')
+        user, at, domain = meant.rpartition('@')
+        if domain == '*':
+            meant = 'default'
+        elif at and (not user or '*' in user):
+            meant = '*@' + domain
+        if meant != name:
+            self._warnings.append(
+                '%s: [%s] is the address of no sender: do you mean [%s]?'
+                % (self._path, section, meant))
+
+    def _warn(self, section, key, what):
+        self._warnings.append('%s: [%s] %s %s' % (
+            self._path, section, key, what))
+
+    def _read_section(self, section, shape):
+        """A shape (Config, Logging, Account) from one section."""
+        found = {}
+        for key, value in self._parser[section].items():
+            if key not in shape._fields:
+                self._complain(section, key, 'is no key here' + self._nearest(
+                    key, shape))
+            elif '\n' in value:
+                self._complain(section, key, 'has more than one line: does '
+                               'the next one begin with a blank?')
+            else:
+                found[key] = self._convert(
+                    section, key, value, shape.__annotations__[key])
+        if shape is Account:
+            self._check_account(section, found)
+        return shape(**{key: value for key, value in found.items()
+                        if value is not None})
+
+    @staticmethod
+    def _nearest(key, shape):
+        """A hint at the name that was meant."""
+        if shape is Account and (key in Config._fields
+                                 or key in Logging._fields):
+            kind = 'config' if key in Config._fields else 'logging'
+            return ': it belongs into [%s]' % kind
+        if shape is not Account and key in Account._fields:
+            return ': it belongs into the section of an account'
+        return nearest(key, shape._fields) or (
+            '; known are ' + ', '.join(shape._fields))
+
+    def _convert(self, section, key, text, kind):
+        """The value of a key; None after a complaint."""
+        if kind in (file_path, pem_file) and text:
+            text = os.path.join(self._folder, os.path.expanduser(text))
+        try:
+            return kind(text, functools.partial(self._warn, section, key))
+        except ValueError as error:
+            self._complain(section, key, '= %s: %s' % (
+                '***' if key.endswith(SECRETS) else text, error))
+
+    def _check_account(self, section, found):
+        """What an account needs, and what follows from what."""
+        if found.get('use'):
+            if len(found) > 1:
+                self._complain(section, 'use', 'must be the only key here')
+            return
+        self._oauth.check(section, found)
+        for key in ('smtphost',) + (
+                ('pophost', 'popusername', 'poppassword')
+                if found.get('popbeforesmtp') else ()):
+            if found.get(key, '') == '':
+                self._complain(section, key, 'is missing')
+        if not found.get('smtpport'):
+            implicit = found.get('smtpsecurity') == 'ssl'
+            found['smtpport'] = 465 if implicit else 25
+        if not found.get('oauth') and bool(found.get('smtpusername')) != bool(
+                found.get('smtppassword')):
+            self._warnings.append(
+                '%s: [%s] has smtpusername or smtppassword without the other: '
+                'there will be no login' % (self._path, section))
+        if (found.get('popssl'), found.get('popport', 995)) == ('tls', 995):
+            self._warn(section, 'popssl', '= tls is for popport=110; on port '
+                      '995 TLS begins at once: popssl=true')
+
+    def _resolve(self, accounts):
         """Puts the account that is meant in the place of each use=."""
         for name, account in list(accounts.items()):
             path = [name]
@@ -648,51 +662,52 @@ class IniReader:
                 target = account.use.lower()
                 account = accounts.get(target)
                 if account is None:
-                    self.complain(name, 'use', '= %s: there is no such section'
-                                  % target + nearest(target, accounts))
+                    self._complain(
+                        name, 'use', '= %s: there is no such section' % target
+                        + nearest(target, accounts))
                 elif target in path:
-                    self.complain(name, 'use', 'goes round in a circle: '
-                                  + ' -> '.join(path + [target]))
+                    self._complain(name, 'use', 'goes round in a circle: '
+                                   + ' -> '.join(path + [target]))
                     account = None
                 path.append(target)
             if account is not None:
                 accounts[name] = account
 
-    def complete(self, config, logs):
+    def _finish(self, config, logs):
         """Defaults that depend on something else, checks across keys."""
         if not os.path.isabs(config.msgdir):
             config = config._replace(msgdir=os.path.join(HOME, 'msgs'))
         if os.path.realpath(config.msgdir) in map(os.path.realpath, (
-                HOME, self.folder)):
-            self.complain('config', 'msgdir', '= %s: must be a folder of its '
-                          'own: what is no mail there is moved to corrupt/'
-                          % config.msgdir)
+                HOME, self._folder)):
+            self._complain('config', 'msgdir', '= %s: must be a folder of its '
+                           'own: what is no mail there is moved to corrupt/'
+                           % config.msgdir)
         if not os.path.isabs(config.tokendir):
             config = config._replace(tokendir=os.path.join(
-                self.folder, config.tokendir or 'tokens'))
+                self._folder, config.tokendir or 'tokens'))
         if os.path.realpath(config.tokendir) in map(os.path.realpath, (
-                HOME, self.folder, config.msgdir)):
-            self.complain('config', 'tokendir', '= %s: must be a folder of '
+                HOME, self._folder, config.msgdir)):
+            self._complain('config', 'tokendir', '= %s: must be a folder of '
                           'its own' % config.tokendir)
         if not os.path.isabs(logs.file):
-            logs = logs._replace(file=os.path.join(self.folder, logs.file))
+            logs = logs._replace(file=os.path.join(self._folder, logs.file))
         if bool(config.tlscert) != bool(config.tlskey):
-            self.complain('config', 'tlscert', 'and tlskey go together')
+            self._complain('config', 'tlscert', 'and tlskey go together')
         if config.tlsport and not config.tlscert:
-            self.complain('config', 'tlsport', 'needs tlscert and tlskey')
+            self._complain('config', 'tlsport', 'needs tlscert and tlskey')
         try:
             smtps.Networks(config.allow)
         except ValueError as error:
-            self.complain('config', 'allow', '%s: use networks such as '
-                          '192.168.1.0/24, or any' % error)
+            self._complain('config', 'allow', '%s: use networks such as '
+                           '192.168.1.0/24, or any' % error)
         try:
             identity(config)
         except KeyError as error:
-            self.complain('config', 'user or group', '%s is not known on '
-                          'this box' % error)
+            self._complain('config', 'user or group', '%s is not known on '
+                           'this box' % error)
         return config, logs
 
-    def divided(self, accounts):
+    def _find_divided(self, accounts):
         """Warnings about one login at one server whose sections differ in
         what a connection needs: connections are then counted for each."""
         ways = {}
@@ -703,26 +718,26 @@ class IniReader:
                     account.connection, name)
         return ['%s: [%s] have the same smtphost and smtpusername, but other '
                 'settings: their connections count apart; with use= they '
-                'would share them' % (self.path, '], ['.join(names.values()))
+                'would share them' % (self._path, '], ['.join(names.values()))
                 for names in ways.values() if len(names) > 1]
 
-    def careless(self, config, accounts):
-        """Warnings: what works, but may not be what the owner wants."""
+    def _find_warnings(self, config, accounts):
+        """What works, but may not be what the owner wants."""
         passwords = [(section, key, value)
-                     for section in self.parser.sections()
-                     for key, value in self.parser[section].items()
+                     for section in self._parser.sections()
+                     for key, value in self._parser[section].items()
                      if key.endswith(SECRETS)]
         found = ['%s: [%s] %s has %%%%: smtpproxy 1.x read it as one %%, 2.0 '
-                 'takes it as it stands' % (self.path, section, key)
+                 'takes it as it stands' % (self._path, section, key)
                  for section, key, value in passwords if '%%' in value]
-        found += self.divided(accounts)
+        found += self._find_divided(accounts)
         if not accounts:
             found.append('%s: no account: all mail will be refused. Add a '
-                         'section such as [default]' % self.path)
+                         'section such as [default]' % self._path)
         if passwords:
-            found += warn_of_secrets(self.path, service_group(config))
+            found += warn_of_secrets(self._path, service_group(config))
         return (found + warn_of_folder(config.msgdir)
-                + warn_of_program(self.path))
+                + warn_of_program(self._path))
 
 
 def bare_address(text):
@@ -843,65 +858,65 @@ class LogFile(logging.Handler):
 
     def __init__(self, path, size, count):
         super().__init__()
-        self.path, self.size, self.count = path, size, count
-        self.file, self.written, self.broken = None, 0, ''
-        self.closed = False
+        self._path, self._size, self._count = path, size, count
+        self._file, self._written, self._broken = None, 0, ''
+        self._is_closed = False
 
     def emit(self, record):
         """Under the lock: see logging.Handler.handle."""
         line = (self.format(record) + '\n').encode('utf-8', 'replace')
         try:
-            if self.file is None:
-                self.open()
-            if self.size and self.written + len(line) > self.size and (
-                    self.written):
-                self.rotate()
-            os.write(self.file, line)
-            self.written += len(line)
+            if self._file is None:
+                self._open()
+            if self._size and self._written + len(line) > self._size and (
+                    self._written):
+                self._rotate()
+            os.write(self._file, line)
+            self._written += len(line)
         except OSError as error:
-            self.complain('written', error)
-        if self.closed:
-            self.close_file()
+            self._complain('written', error)
+        if self._is_closed:
+            self._close_file()
 
-    def open(self):
-        self.file = os.open(
-            self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
-        self.written = os.fstat(self.file).st_size
+    def _open(self):
+        self._file = os.open(
+            self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
+        self._written = os.fstat(self._file).st_size
 
-    def rotate(self):
+    def _rotate(self):
         """smtpproxy.log becomes smtpproxy.log.1, that one .2, and so on. If
         that can't be, it goes on in the same file and tries much later."""
-        self.written = 0
-        names = [self.path] + [
-            '%s.%d' % (self.path, n + 1) for n in range(self.count)]
+        self._written = 0
+        names = [self._path] + [
+            '%s.%d' % (self._path, n + 1) for n in range(self._count)]
         try:
             for old, new in reversed(list(zip(names, names[1:]))):
                 if os.path.exists(old):
                     os.replace(old, new)
-            if not self.count:
-                os.unlink(self.path)
-            full = self.file
-            self.open()                 # if it can't, the full one goes on
+            if not self._count:
+                os.unlink(self._path)
+            full = self._file
+            self._open()                # if it can't, the full one goes on
             os.close(full)
         except OSError as error:
-            self.complain('renamed', error)
+            self._complain('renamed', error)
 
-    def complain(self, what, error):
-        if self.broken != str(error):
-            self.broken = str(error)
+    def _complain(self, what, error):
+        if self._broken != str(error):
+            self._broken = str(error)
             say('the log %s cannot be %s: %s; mail goes on'
-                % (self.path, what, error))
+                % (self._path, what, error))
 
-    def close_file(self):
-        file, self.file = self.file, None
+    def _close_file(self):
+        file, self._file = self._file, None
         if file is not None:
             os.close(file)
 
     def close(self):
         self.acquire()
         try:
-            self.closed = True
-            self.close_file()
+            self._is_closed = True
+            self._close_file()
         finally:
             self.release()
         super().close()
@@ -931,19 +946,19 @@ class OneLine(logging.Formatter):
     """Whatever a client or server says can't fake a line of ours: what is
     printed below a line, a traceback, stands back from the edge."""
 
-    second = clock = None
+    _second = _clock = None
 
     def format(self, record):
-        message = self.message_of(record)
+        message = self._message_of(record)
         second = int(record.created)
-        if second != self.second:       # of many lines a second, format one
-            self.clock = time.strftime(
+        if second != self._second:      # of many lines a second, format one
+            self._clock = time.strftime(
                 '%Y-%m-%d %H:%M:%S', time.localtime(second))
-            self.second = second
-        return '%s,%03d %s %s' % (self.clock, record.msecs, record.levelname,
+            self._second = second
+        return '%s,%03d %s %s' % (self._clock, record.msecs, record.levelname,
                                   message)
 
-    def message_of(self, record):
+    def _message_of(self, record):
         lines = [printable(record.getMessage())]
         if record.exc_info:
             lines += ['    ' + printable(line) for line in
@@ -955,7 +970,7 @@ class ForCommand(OneLine):
     """The log among the lines of a command: what, but not when."""
 
     def format(self, record):
-        return '  log: ' + self.message_of(record)
+        return '  log: ' + self._message_of(record)
 
 
 def on_terminal():
@@ -995,18 +1010,18 @@ class HandlerLog:
     def __init__(self, name):
         self.name, self.id = name, '-'
 
-    def write(self, level, message, *arguments, **options):
+    def _write(self, level, message, *arguments, **options):
         text = str(message) % arguments if arguments else str(message)
         log.log(level, '%s: handler %s: %s', self.id, self.name, text,
                 **options)
 
-    at = functools.partialmethod
-    log = info = at(write, logging.INFO)
-    logerr = error = at(write, logging.ERROR)
-    critical = at(write, logging.CRITICAL)
-    logwarn = warning = warn = at(write, logging.WARNING)
-    logdebug = debug = at(write, logging.DEBUG)
-    exception = at(write, logging.ERROR, exc_info=True)
+    _at = functools.partialmethod
+    log = info = _at(_write, logging.INFO)
+    logerr = error = _at(_write, logging.ERROR)
+    critical = _at(_write, logging.CRITICAL)
+    logwarn = warning = warn = _at(_write, logging.WARNING)
+    logdebug = debug = _at(_write, logging.DEBUG)
+    exception = _at(_write, logging.ERROR, exc_info=True)
 
 
 # --- Spool: what is on disk -------------------------------------------------
@@ -1038,8 +1053,31 @@ END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
 STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
-FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
+CACHED, CACHED_SIZE = 32, 16384     # mails kept in memory too; bytes of one
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
+
+
+def read_head(file):
+    """The first bytes of a mail file, up to the end of its header or more."""
+    head, more = b'', True
+    while more and b'\r\n\r\n' not in head.partition(b'\r\nDATA\r\n')[2]:
+        more = file.read(smtps.CHUNK)
+        head += more
+    return head
+
+
+def read_tail(file, head):
+    """(its last bytes, from END or earlier; their offset). head: its first
+    ones. The file may grow meanwhile."""
+    if END in head:
+        return head, 0
+    size, length = os.fstat(file.fileno()).st_size, 4096
+    while True:
+        offset = file.seek(max(0, size - length))
+        tail = file.read()
+        if END in tail or not offset:
+            return tail, offset
+        length *= 8
 
 
 class Mail:
@@ -1048,71 +1086,64 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool; flaw: str, why its envelope must not be sent, or ''. start, body,
-    dot: offsets of the header, of the empty line behind it, and of what
-    follows the final dot's line."""
+    bool; flaw: str, why its envelope must not be sent, or ''. data: its first
+    bytes, all of the header among them, and all of it if it is small; start,
+    body, dot: offsets of the header, of the empty line behind it, and of what
+    follows the final dot's line. seen: the spool's time when its state was
+    saved."""
 
     # What is kept while it is in trouble, and its types.
     STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
              'problem': str, 'handled': bool, 'parked': bool}
 
-    def __init__(self, id, path, data=None):
-        self.id, self.path, self.data = id, path, data
-        self.tries, self.due, self.problem = 0, 0.0, ''
-        self.handled = self.parked = False
-        self.refused = {}           # {recipient: reply}, refused for good
-        self.flaw = ''
-        self._msg, self.seen = None, 0
-        self.read()
-        self.saved = self.state()
+    tries, due, problem = 0, 0.0, ''
+    handled = parked = False
+    flaw, seen = '', 0
 
-    def read(self):
-        """The envelope, the header and the state, and all of it if it is
-        small. Raises Unfinished, Unreadable, OSError."""
+    def __init__(self, id, path, data=None):
+        """data: all of it, if that need not be read. Raises Unfinished,
+        Unreadable, OSError."""
+        self.id, self.path, self.data = id, path, data
+        self.refused = {}           # {recipient: reply}, refused for good
+        self._msg = None
+        self._read()
+        self._saved = self._state()
+
+    def _read(self):
+        """The envelope, the header and the state."""
+        tail, offset = self.data, 0
         if self.data is None:
             with open(self.path, 'rb', buffering=0) as file:
-                tail, offset = self.read_file(file)
-        else:
-            tail, offset = self.data, 0
-        at = tail.find(END)
-        if at < 0 or len(tail) < at + END_SIZE:
-            start = self.data.rstrip(b'\0')[:len(HANDLED)]
-            raise (Unfinished('it has no end') if any(
-                known.startswith(start) or start.startswith(known)
-                for known in (b'MAIL FROM:', HANDLED))
-                else Unreadable('it is no mail of smtpproxy'))
-        self.dot = offset + at + len(b'\r\n.\r\n')
-        self.parse_envelope()
+                self.data = read_head(file)
+                tail, offset = read_tail(file, self.data)
+        end = tail.find(END)
+        if end < 0 or len(tail) < end + END_SIZE:
+            raise self._why_unfinished()
+        self.dot = offset + end + len(b'\r\n.\r\n')
+        self._parse_envelope()
         self.body = self.start + smtps.split_header(
             self.data[self.start:self.dot - 3])
-        self.parse_end(tail[at + len(END):])
+        self._parse_end(tail[end + len(END):])
 
-    def read_file(self, file):
-        """Fills data; returns the end of the file, from END or earlier, and
-        its offset. The file may grow meanwhile."""
-        self.data, more = file.read(smtps.CHUNK), True
-        while len(self.data) >= smtps.CHUNK and more and (
-                b'\r\n\r\n' not in self.data.partition(b'\r\nDATA\r\n')[2]):
-            more = file.read(smtps.CHUNK)
-            self.data += more
-        tail, offset, length = self.data, 0, 4096
-        size = os.fstat(file.fileno()).st_size
-        while END not in tail and length < 2 * size:
-            offset = file.seek(max(0, size - length))
-            tail, length = file.read(), length * 8
-        return tail, offset
+    def _why_unfinished(self):
+        """Of a file without an end: it begins as one of ours, or not."""
+        start = self.data.rstrip(b'\0')[:len(HANDLED)]
+        if any(known.startswith(start) or start.startswith(known)
+               for known in (b'MAIL FROM:', HANDLED)):
+            return Unfinished('it has no end')
+        return Unreadable('it is no mail of smtpproxy')
 
-    def parse_end(self, text):
+    def _parse_end(self, text):
         """The checksum, and the states that were added: the last one that is
         whole counts, field by field. Raises Unfinished."""
         if not re.match(rb'[0-9a-f]{8}\r\n', text):
             raise Unfinished('its end is not whole')
-        self.checksum = int(text[:8], 16)
+        self._checksum = int(text[:8], 16)
         for line, checksum in STATE.findall(text):
             if zlib.crc32(line) == int(checksum, 16):
-                self.apply(line)
+                self._apply(line)
 
-    def apply(self, line):
+    def _apply(self, line):
         import json
         state = json.loads(line.decode())
         self.seen = state.pop('seen', 0)
@@ -1121,11 +1152,20 @@ class Mail:
             vars(self).update(state)
             self.to = [Address(to) for to in self.to]
 
-    def state(self):
+    def _state(self):
         return {name: kind(getattr(self, name))
                 for name, kind in self.STATE.items()}
 
-    def parse_envelope(self):
+    def changes(self):
+        """{name: value} of the STATE that its file does not have."""
+        return {name: value for name, value in self._state().items()
+                if value != self._saved[name]}
+
+    def mark_saved(self):
+        """Its file has all of the STATE."""
+        self._saved = self._state()
+
+    def _parse_envelope(self):
         envelope, data, _ = self.data.partition(b'\r\nDATA\r\n')
         self.start = len(envelope) + len(data)
         if envelope.startswith(HANDLED):
@@ -1134,15 +1174,15 @@ class Mail:
             lines = envelope.decode().split('\r\n')
             if not lines[0].startswith('MAIL FROM:'):
                 raise ValueError('it does not begin with MAIL FROM')
-            self.frm, self.parameters = self.parse_stored(lines[0][10:])
-            self.to = [self.parse_stored(line[8:])[0] for line in lines[1:]
+            self.frm, self.parameters = self._parse_stored(lines[0][10:])
+            self.to = [self._parse_stored(line[8:])[0] for line in lines[1:]
                        if line.startswith('RCPT TO:')]
             if not self.to or len(self.to) + 1 != len(lines) or not data:
                 raise ValueError('its envelope is not whole')
         except ValueError as error:
             raise Unreadable(str(error))
 
-    def parse_stored(self, text):
+    def _parse_stored(self, text):
         """(Address, parameters) of a path as Draft wrote it. An earlier
         version took some that would now be refused or be another address:
         that one stays as it is, with a flaw. Raises ValueError."""
@@ -1169,7 +1209,7 @@ class Mail:
                 if not chunk:
                     break
                 checksum, left = zlib.crc32(chunk, checksum), left - len(chunk)
-        if checksum != self.checksum:
+        if checksum != self._checksum:
             raise Unreadable('its checksum is wrong')
 
     def header(self):
@@ -1235,80 +1275,100 @@ def sync_open_folder(folder, path):
         name_once(path, 'sync folders', error)
 
 
+def envelope_text(frm, to, parameters):
+    """What a mail file begins with (bytes). Raises UnicodeEncodeError."""
+    options = ''.join([
+        ' %s%s' % (key, '=' + parameters[key] if parameters[key] else '')
+        for key in ('BODY', 'SMTPUTF8') if key in parameters])
+    lines = ['MAIL FROM:<%s>%s' % (frm, options)]
+    lines += ['RCPT TO:<%s>' % address for address in to]
+    return ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
+
+
 class Draft:
     """A mail file that is being written. Nothing is on disk before there is
-    much of it: a small mail is one file made, written and synced at once."""
+    much of it: a small mail is one file made, written and synced at once.
 
-    def __init__(self, spool, id, kind, frm, to, parameters=None, first=b''):
-        self.spool, self.id, self.path = spool, id, spool.path(id, kind)
-        options = ''.join([
-            ' %s%s' % (key, '=' + parameters[key] if parameters[key] else '')
-            for key in ('BODY', 'SMTPUTF8') if key in (parameters or ())])
-        lines = ['MAIL FROM:<%s>%s' % (frm, options)]
-        lines += ['RCPT TO:<%s>' % address for address in to]
-        self.pending = first + ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
-        self.file, self.checksum, self.size = None, 0, 0
-        self.written = self.pushed = 0  # bytes; see push()
-        self.number = 0             # of its name; 0: not on disk yet
+    id: str; size: int, bytes of the message."""
+
+    def __init__(self, spool, id, kind, envelope, cache=None):
+        """kind: of the file's name; envelope: see envelope_text; cache: a
+        dict, id -> the bytes of a small mail."""
+        self.id, self.size = id, 0
+        self._spool, self._path = spool, spool.path(id, kind)
+        self._pending, self._cache = envelope, cache
+        self._file, self._checksum = None, 0
+        self._written = self._pushed = 0    # bytes; see _push()
+        self._number = 0            # of its name; 0: not on disk yet
 
     def write(self, chunk):
-        """chunk: bytes as on the wire; kept in memory."""
-        self.pending += chunk
+        """chunk: bytes as on the wire. Raises OSError."""
+        self._pending += chunk
         self.size += len(chunk)
+        if len(self._pending) >= smtps.CHUNK:
+            self._flush()
 
-    def flush(self):
-        """Out of the memory. Raises OSError."""
-        if self.file is None:
-            self.file = os.open(
-                self.path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-            self.number = self.spool.count_name()
-        data, self.pending = self.pending, b''
-        self.checksum = zlib.crc32(data, self.checksum)
-        self.written += len(data)
+    def _flush(self):
+        """Out of the memory."""
+        if self._file is None:
+            self._file = os.open(
+                self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            self._number = self._spool.count_name()
+        data, self._pending = self._pending, b''
+        self._checksum = zlib.crc32(data, self._checksum)
+        self._written += len(data)
         while data:
-            data = data[os.write(self.file, data):]
-        if self.written - self.pushed >= PUSH:
-            self.push()
+            data = data[os.write(self._file, data):]
+        if self._written - self._pushed >= PUSH:
+            self._push()
 
-    def push(self):
+    def _push(self):
         """Has the system begin to write to the disk what it would keep in
         memory for a while, which is what Linux does on this advice: so the
         sync of a large mail is short, and small ones that are synced one
         behind the other share the commits of a journal."""
         with contextlib.suppress(OSError, AttributeError):  # not on macOS
-            os.posix_fadvise(self.file, self.pushed,
-                             self.written - self.pushed,
+            os.posix_fadvise(self._file, self._pushed,
+                             self._written - self._pushed,
                              os.POSIX_FADV_DONTNEED)
-        self.pushed = self.written
+        self._pushed = self._written
 
     def seal(self):
         """Writes the end. Raises OSError."""
-        self.pending += b'.\r\n'
-        self.pending += b'NOOP crc32=%08x\r\n' % zlib.crc32(
-            self.pending, self.checksum)
-        if self.file is None:
-            self.spool.remember(self.id, self.pending)
-        self.flush()
-        self.push()
+        self._pending += b'.\r\n'
+        self._pending += b'NOOP crc32=%08x\r\n' % zlib.crc32(
+            self._pending, self._checksum)
+        if self._file is None and self._cache is not None and (
+                len(self._cache) < CACHED
+                and len(self._pending) < CACHED_SIZE):
+            self._cache[self.id] = self._pending
+        self._flush()
+        self._push()
 
     def commit(self):
         """The promise: after this the mail survives a crash. Raises OSError,
         then nothing was promised."""
-        os.fsync(self.file)
-        file, self.file = self.file, None
+        os.fsync(self._file)
+        file, self._file = self._file, None
         os.close(file)
-        self.spool.sync_names(self.number)
+        self._spool.sync_names(self._number)
 
     def abort(self):
         """Leaves nothing behind, as far as the disk lets us."""
-        file, self.file, self.pending = self.file, None, b''
-        self.spool.fresh.pop(self.id, None)
+        file, self._file, self._pending = self._file, None, b''
+        if self._cache is not None:
+            self._cache.pop(self.id, None)
         with contextlib.suppress(OSError):
             if file is not None:
                 os.close(file)
         with contextlib.suppress(OSError):      # swept at the next start
-            if self.number:
-                os.unlink(self.path)
+            if self._number:
+                os.unlink(self._path)
+
+    def release(self):
+        """It is not being received any more: a scan of the spool sees it, if
+        it is there."""
+        self._spool.drafts.discard(self.id)
 
 
 class Busy(Exception):
@@ -1336,7 +1396,122 @@ def take_lock(file, patience):
         time.sleep(0.05)
 
 
-class Spool:
+def make_folder(path):
+    """Makes a folder that lasts, if it is not there. Raises OSError."""
+    if not os.path.isdir(path):
+        os.makedirs(path, 0o700, exist_ok=True)
+        sync_folder(os.path.dirname(os.path.abspath(path)))
+
+
+class Folder:
+    """msgs/ as a folder: one process at a time works in it, and names last.
+
+    folder: its path. _counting guards _names."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self._lock = self._place = None     # a descriptor, its os.fstat()
+        self._lock_file = None              # another, where folders have none
+        self._counting = threading.Lock()
+        self._names = self._lasting = 0     # names made; of these are synced
+
+    def path(self, id, kind):
+        return '%s/%s.%s' % (self.folder, id, kind)
+
+    def open(self, patience=2.0):
+        """Makes the folder if need be and locks it. Raises Busy, NoLocks or
+        OSError; patience: seconds to wait for a queue command that has the
+        lock."""
+        make_folder(self.folder)
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            self._take_lock(patience)
+            self._place = os.fstat(self._lock)
+        except BaseException:
+            self.close()
+            raise
+
+    def _take_lock(self, patience):
+        """Of the folder; of a file in it where the file system can't lock
+        folders. Without any lock two services could send everything twice."""
+        try:
+            try:
+                take_lock(self._lock, patience)
+            except OSError as error:
+                if error.errno not in UNABLE | {errno.EBADF}:   # NFS
+                    raise
+                name_once(self.folder, 'lock folders', error)
+                self._lock_file = os.open(os.path.join(self.folder, '.lock'),
+                                          os.O_RDWR | os.O_CREAT, 0o600)
+                take_lock(self._lock_file, patience)
+        except OSError as error:
+            raise NoLocks(error.errno, error.strerror, self.folder) from error
+
+    def close(self):
+        locks = self._lock, self._lock_file
+        self._lock = self._lock_file = None     # first: see sync()
+        for file in locks:
+            if file is not None:
+                os.close(file)
+
+    def is_there(self):
+        """Is it still the folder that we have locked? A disk may be away."""
+        try:
+            return self._lock is not None and os.path.samestat(
+                os.stat(self.folder), self._place)
+        except OSError:
+            return False
+
+    def is_gone(self, error):
+        """Does an OSError say that a file is gone? Not if all of msgs/ is
+        away: then the file may come back, and be sent again."""
+        return isinstance(error, FileNotFoundError) and (
+            self._lock is None or self.is_there())
+
+    def count_name(self):
+        """The number of a name that was just made."""
+        with self._counting:
+            self._names += 1
+            return self._names
+
+    def sync_names(self, number):
+        """Makes that name last: one sync serves all that were made before
+        it. Raises OSError."""
+        if number > self._lasting:
+            newest = self._names        # before the sync
+            if self.sync():
+                self._lasting = newest  # if set back: one sync more than need
+
+    def sync(self):
+        """Makes all names last; whether it was in the folder that is locked:
+        then no other needs to be opened. Raises OSError."""
+        if self.is_there():
+            sync_open_folder(self._lock, self.folder)
+            return True
+        sync_folder(self.folder)
+        return False
+
+    def set_aside(self, name, why):
+        """Moves what can't be read to corrupt/: never run, never deleted."""
+        if self._lock is None:
+            return                      # a queue command only looks
+        corrupt = os.path.join(self.folder, 'corrupt')
+        try:
+            make_folder(corrupt)
+            target = os.path.join(corrupt, name)
+            while os.path.exists(target):
+                target += '+'
+            os.rename(os.path.join(self.folder, name), target)
+            sync_folder(corrupt)
+            self.sync()
+            log.error('%s: cannot be read: %s; it is kept as %s',
+                      name.rpartition('.')[0] or name, why, target)
+        except OSError as error:
+            log.error('%s: cannot be read: %s; nor set aside: %s',
+                      name, why, error)
+
+
+class Spool(Folder):
     """msgs/, the only owner of its files. What the client said is what the
     server will be told: ID.mail is Batch SMTP, plain text.
 
@@ -1345,7 +1520,7 @@ class Spool:
 
       files                   made by              a crash there costs
       ------------------------------------------------------------------
-      ID.mail without END     Draft.flush          nothing: no 250 was said;
+      ID.mail without END     Draft.write          nothing: no 250 was said;
                                                    swept at start
       ID.mail                 Draft.seal: END      at worst a second copy,
                               commit: fsync IS     stored with its 250 unheard
@@ -1372,111 +1547,49 @@ class Spool:
     OURS = ('corrupt', 'asked', '.lock')
 
     def __init__(self, folder, clock=time.monotonic):
-        self.folder, self.clock = folder, clock
-        self.lock = self.place = None       # a descriptor, its os.fstat()
-        self.lock_file = None               # another, where folders have none
-        self.epoch = time.time() - clock()
-        self.sequence = int.from_bytes(os.urandom(2), 'big')
-        self.counting = threading.Lock()    # guards sequence and names
-        self.names = self.lasting = 0       # names made; of these are synced
-        self.drafts = set()                 # ids that are being received
-        self.delivered = set()              # their file could not be removed
-        self.unsaved = {}                   # id -> state that disk refused
-        self.fresh = {}                     # id -> the bytes of a small mail
-                                            # that was just written
-        self.first_own = ''                 # older ids were found at start
-
-    def path(self, id, kind):
-        return '%s/%s.%s' % (self.folder, id, kind)
-
-    # Who may work here.
-
-    def open(self, patience=2.0):
-        """Makes the folder if need be and locks it. Raises Busy, NoLocks or
-        OSError; patience: seconds to wait for a queue command that has the
-        lock."""
-        self.make_folder(self.folder)
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            self.take_lock(patience)
-            self.place = os.fstat(self.lock)
-        except BaseException:
-            self.close()
-            raise
-
-    def take_lock(self, patience):
-        """Of the folder; of a file in it where the file system can't lock
-        folders. Without any lock two services could send everything twice."""
-        try:
-            try:
-                take_lock(self.lock, patience)
-            except OSError as error:
-                if error.errno not in UNABLE | {errno.EBADF}:   # NFS
-                    raise
-                name_once(self.folder, 'lock folders', error)
-                self.lock_file = os.open(os.path.join(self.folder, '.lock'),
-                                         os.O_RDWR | os.O_CREAT, 0o600)
-                take_lock(self.lock_file, patience)
-        except OSError as error:
-            raise NoLocks(error.errno, error.strerror, self.folder) from error
-
-    @staticmethod
-    def make_folder(path):
-        """Makes a folder that lasts, if it is not there."""
-        if not os.path.isdir(path):
-            os.makedirs(path, 0o700, exist_ok=True)
-            sync_folder(os.path.dirname(os.path.abspath(path)))
-
-    def close(self):
-        for file in self.lock, self.lock_file:
-            if file is not None:
-                os.close(file)
-        self.lock = self.lock_file = None
-
-    def is_there(self):
-        """Is it still the folder that we have locked? A disk may be away."""
-        try:
-            return self.lock is not None and os.path.samestat(
-                os.stat(self.folder), self.place)
-        except OSError:
-            return False
-
-    def is_gone(self, error):
-        """Does an OSError say that a file is gone? Not if all of msgs/ is
-        away: then the file may come back, and be sent again."""
-        return isinstance(error, FileNotFoundError) and (
-            self.lock is None or self.is_there())
+        super().__init__(folder)
+        self.drafts = set()         # ids that are being received
+        self.first_own = ''         # older ids were found at start
+        self._clock = clock
+        self._epoch = time.time() - clock()
+        self._numbering = threading.Lock()      # guards _sequence
+        self._sequence = int.from_bytes(os.urandom(2), 'big')
+        self._delivered = set()     # their file could not be removed
+        self._unsaved = {}          # id -> changes that the disk refused
+        self._cache = {}            # id -> the bytes of a small mail that was
+                                    # just written: nobody has to read it
 
     # Time and ids.
 
-    def now(self):
+    def _now(self):
         """Seconds, in this spool's own time."""
-        return self.epoch + self.clock()
+        return self._epoch + self._clock()
 
     def age(self, id):
         """Seconds that a mail has been here with a service running."""
-        return self.now() - int(id[:8], 16)
+        return self._now() - int(id[:8], 16)
 
-    def new_id(self):
-        with self.counting:
-            self.sequence = (self.sequence + 1) % 0x100000
-            return '%08x-%05x' % (int(self.now()) % 0x100000000,
-                                  self.sequence)
+    def _new_id(self):
+        with self._numbering:
+            self._sequence = (self._sequence + 1) % 0x100000
+            return '%08x-%05x' % (int(self._now()) % 0x100000000,
+                                  self._sequence)
 
     # A mail's life.
 
     def draft(self, frm, to, parameters):
         """A new Draft."""
-        id = self.new_id()
-        self.drafts.add(id)
-        return Draft(self, id, 'mail', frm, to, parameters)
+        draft = Draft(self, self._new_id(), 'mail',
+                      envelope_text(frm, to, parameters), self._cache)
+        self.drafts.add(draft.id)
+        return draft
 
     def load(self, id, to_send=True):
         """The Mail of an id, None if it is not there. Raises Unfinished,
         Unreadable or OSError. to_send: one found at start is verified."""
-        if id in self.delivered:
+        if id in self._delivered:
             return None
-        data = self.fresh.pop(id, None)
+        data = self._cache.pop(id, None)
         try:
             mail = Mail(id, self.path(id, 'mail'), data)
             if data is not None:
@@ -1487,8 +1600,8 @@ class Spool:
             raise
         if to_send and id < self.first_own:
             mail.verify()
-        vars(mail).update(self.unsaved.get(id, {}))
-        self.epoch += max(0, mail.seen - self.now())
+        vars(mail).update(self._unsaved.get(id, {}))
+        self._epoch += max(0, mail.seen - self._now())
         return mail
 
     def may_be_parked(self, id):
@@ -1497,35 +1610,28 @@ class Spool:
         try:
             with open(self.path(id, 'mail'), 'rb', buffering=0) as file:
                 file.seek(max(0, os.fstat(file.fileno()).st_size - 4096))
-                return id in self.unsaved or b'"parked": true' in file.read()
+                return id in self._unsaved or b'"parked": true' in file.read()
         except OSError:
             return True
-
-    def remember(self, id, data):
-        """Spares the relay to read what was just written."""
-        if len(self.fresh) < FRESH and len(data) < FRESH_SIZE:
-            self.fresh[id] = data
 
     def save(self, mail):
         """Keeps what is known of a mail in trouble: recipients left, tries.
         When the disk refuses it is remembered as long as we run."""
         import json
-        state = mail.state()
-        new = {name: value for name, value in state.items()
-               if value != mail.saved.get(name)}
-        line = json.dumps(dict(new, seen=int(self.now()))).encode()
+        changes = mail.changes()
+        line = json.dumps(dict(changes, seen=int(self._now()))).encode()
         try:
-            self.append(mail.path, b'NOOP state=%s crc32=%08x\r\n' % (
+            self._append(mail.path, b'NOOP state=%s crc32=%08x\r\n' % (
                 line, zlib.crc32(line)))
-            mail.saved = state
-            self.unsaved.pop(mail.id, None)
+            mail.mark_saved()
+            self._unsaved.pop(mail.id, None)
         except OSError as error:
-            self.unsaved[mail.id] = state
+            self._unsaved[mail.id] = changes
             log.error('%s: its state cannot be saved: %s; remembered until '
                       'the next stop', mail.id, error)
 
     @staticmethod
-    def append(path, line):
+    def _append(path, line):
         """Adds a line that lasts. Raises OSError; the part of a line that a
         crash or a full disk has left does no harm."""
         file = os.open(path, os.O_RDWR | os.O_APPEND)
@@ -1542,18 +1648,18 @@ class Spool:
     def replace(self, mail):
         """Stores what handlers made of a mail: envelope and message, one
         rename is the commit. Raises OSError, then the old one is there."""
-        draft = Draft(self, mail.id, 'new', mail.frm, mail.to,
-                      mail.parameters, HANDLED)
+        path = self.path(mail.id, 'new')
         try:
-            os.unlink(draft.path)
+            os.unlink(path)
         except FileNotFoundError:
             pass
+        draft = Draft(self, mail.id, 'new', HANDLED + envelope_text(
+            mail.frm, mail.to, mail.parameters))
         try:
             draft.write(smtps.stuffed(mail.msg))
             draft.seal()
             draft.commit()
-            self.fresh.pop(mail.id, None)
-            os.rename(draft.path, mail.path)
+            os.rename(path, mail.path)
         except BaseException:
             draft.abort()
             raise
@@ -1565,57 +1671,13 @@ class Spool:
             os.unlink(mail.path)
         except OSError as error:
             if not self.is_gone(error):
-                self.delivered.add(mail.id)
+                self._delivered.add(mail.id)
                 log.error('%s: done, but its file cannot be removed: %s; it '
                           'will not be sent again as long as we run', mail.id,
                           error)
                 return
-        self.delivered.discard(mail.id)
-        self.unsaved.pop(mail.id, None)
-
-    def set_aside(self, name, why):
-        """Moves what can't be read to corrupt/: never run, never deleted."""
-        if self.lock is None:
-            return                      # a queue command only looks
-        corrupt = os.path.join(self.folder, 'corrupt')
-        try:
-            self.make_folder(corrupt)
-            target = os.path.join(corrupt, name)
-            while os.path.exists(target):
-                target += '+'
-            os.rename(os.path.join(self.folder, name), target)
-            sync_folder(corrupt)
-            self.sync()
-            log.error('%s: cannot be read: %s; it is kept as %s',
-                      name.rpartition('.')[0] or name, why, target)
-        except OSError as error:
-            log.error('%s: cannot be read: %s; nor set aside: %s',
-                      name, why, error)
-
-    # Names that last.
-
-    def count_name(self):
-        """The number of a name that was just made."""
-        with self.counting:
-            self.names += 1
-            return self.names
-
-    def sync_names(self, number):
-        """Makes that name last: one sync serves all that were made before
-        it. Raises OSError."""
-        if number > self.lasting:
-            newest = self.names         # before the sync
-            if self.sync():
-                self.lasting = newest   # if set back: one sync more than need
-
-    def sync(self):
-        """Makes all names last; whether it was in the folder that is locked:
-        then no other needs to be opened. Raises OSError."""
-        if self.is_there():
-            sync_open_folder(self.lock, self.folder)
-            return True
-        sync_folder(self.folder)
-        return False
+        self._delivered.discard(mail.id)
+        self._unsaved.pop(mail.id, None)
 
     # All of them.
 
@@ -1624,7 +1686,7 @@ class Spool:
         OSError."""
         ids = [name[:-5] for name in os.listdir(self.folder)
                if name.endswith('.mail') and self.ID.fullmatch(name[:-5])]
-        if not ids and self.lock is not None and not self.is_there():
+        if not ids and self._lock is not None and not self.is_there():
             raise FileNotFoundError(errno.ENOENT, 'it is away', self.folder)
         return sorted(id for id in ids if id not in self.drafts)
 
@@ -1634,8 +1696,8 @@ class Spool:
         found = self.scan()
         if found:
             newest = max(int(id[:8], 16) for id in found)
-            self.epoch = newest + 1 - self.clock()
-        self.first_own = '%08x' % int(self.now())
+            self._epoch = newest + 1 - self._clock()
+        self.first_own = '%08x' % int(self._now())
         return found
 
     def sweep(self, found):
@@ -1651,10 +1713,10 @@ class Spool:
             if self.ID.fullmatch(id) and kind == 'new':
                 os.unlink(path)
             elif not (self.ID.fullmatch(id) and kind == 'mail'):
-                self.set_aside(name, self.suspect(path))
+                self.set_aside(name, self._suspect(path))
 
     @staticmethod
-    def suspect(path):
+    def _suspect(path):
         """What a file that is not ours may be."""
         try:
             with open(path, 'rb') as file:
@@ -1666,15 +1728,15 @@ class Spool:
                     'not run: let 1.x deliver what it has before an upgrade')
         return 'it is no mail of smtpproxy'
 
-    def bury(self):
+    def retry_removals(self):
         """Tries again to remove what is delivered."""
-        for id in list(self.delivered):
+        for id in list(self._delivered):
             try:
                 os.unlink(self.path(id, 'mail'))
             except OSError as error:
                 if not self.is_gone(error):
                     continue            # said already
-            self.delivered.discard(id)
+            self._delivered.discard(id)
 
     # Requests of the queue commands, which may run beside the service.
 
@@ -1701,31 +1763,31 @@ class Spool:
 
 MISSING = re.compile(rb'^(date|message-id|from|received)[ \t]*:',
                      re.IGNORECASE | re.MULTILINE)
-HEADER = re.compile(rb'(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*')
+# The first line of a mail from a mailbox ("From me Sun ...") is no field.
+HEADER = re.compile(rb'''(?x) (?: >?From[ ](?![ \t]*:).*\r\n )?
+    (?P<fields> (?: [!-9;-~]+[ \t]*: .*\r\n (?: [ \t].*\r\n )* )* )''')
 UNUSUAL = re.compile(r'[^A-Za-z0-9_.:\[\]-]')      # in a client's name
 HEADER_LIMIT = 512 * 1024       # bytes
 HOPS = 100                      # RFC 5321 6.3
 
 
-class Intake(smtps.Session):
-    """May this client send as this one? Then its mail goes to the spool.
+class Admission:
+    """May this client send as this one? Of one conversation: it knows who has
+    signed in. any_sender: a handler may still change who a mail is from, so
+    a sender without account is taken."""
 
-    relay: who gets a mail once it is safe, the Relay; any_sender: a handler
-    may still change who it is from, so nobody is refused."""
+    announced = set()       # unknown senders whose ini block is in the log
 
-    told = set()        # unknown senders whose ini block is in the log
+    def __init__(self, settings, any_sender):
+        self._settings, self._any_sender = settings, any_sender
+        self._signed_in_as = None       # (user, section)
 
-    def __init__(self, client, spool, settings, relay, any_sender):
-        super().__init__(client)
-        self.spool, self.settings, self.relay = spool, settings, relay
-        self.any_sender, self.signed_in_as = any_sender, None
-
-    def auth(self, user, password):
+    def sign_in(self, user, password):
         """Any login will do (devices insist on one), but for an account with
-        localpassword."""
+        localpassword. Raises smtps.Refused."""
         import hmac
-        section = self.settings.section_for(user)
-        account = self.settings.accounts.get(section)
+        section = self._settings.section_for(user)
+        account = self._settings.accounts.get(section)
         if not account or not account.localpassword or (
                 section == 'default' and '@' not in user
                 and user.lower() != section):
@@ -1735,127 +1797,141 @@ class Intake(smtps.Session):
                   for text in (account.localpassword, password))):
             raise smtps.Refused(535, '5.7.8 wrong password for [%s]'
                                 % smtps.printable(section))
-        self.signed_in_as = user, section
+        self._signed_in_as = user, section
 
-    def mail(self, sender, parameters):
-        section = self.settings.section_for(sender)
+    def admit(self, client, sender):
+        """Raises smtps.Refused if client may not send as sender."""
+        section = self._settings.section_for(sender)
         if section is None:
-            if not self.any_sender:
-                self.explain_unknown(sender)
-                raise smtps.Refused(550, '5.7.1 no account for sender <%s>'
-                                    % smtps.printable(sender))
-        elif self.settings.accounts[section].localpassword and (
-                self.signed_in_as != (self.client.user, section)):
+            if self._any_sender:
+                return
+            self._explain_unknown(client, sender)
+            raise smtps.Refused(550, '5.7.1 no account for sender <%s>'
+                                % smtps.printable(sender))
+        if self._settings.accounts[section].localpassword and (
+                self._signed_in_as != (client.user, section)):
             raise smtps.Refused(530, '5.7.0 sign in as [%s] to send as this '
                                 'one' % smtps.printable(section))
 
-    def explain_unknown(self, sender):
+    def _explain_unknown(self, client, sender):
         """What to add to the ini, once."""
-        if sender in self.told or len(self.told) > 1000:
+        if sender in self.announced or len(self.announced) > 1000:
             return
-        self.told.add(sender)
+        self.announced.add(sender)
         log.warning('%s: no account for sender <%s>; to take its mail add '
-                    'this to the ini and reload:', self.client, sender)
+                    'this to the ini and reload:', client, sender)
         for line in ('[%s]' % (sender or 'default'), 'smtphost=<your '
                      'provider\'s server>', 'smtpsecurity=tls',
                      'smtpport=587', 'smtpusername=<your name there>',
                      'smtppassword=<your password there>'):
             log.warning('    %s', line)
 
+
+class Intake(smtps.Session):
+    """One client's way in. admission: its Admission; open_draft: callable(
+    sender, recipients, parameters) -> Draft; announce: callable(id, sender,
+    line), told of each mail that is safe, with its line for the log."""
+
+    def __init__(self, client, admission, open_draft, announce):
+        super().__init__(client)
+        self._admission = admission
+        self._open_draft, self._announce = open_draft, announce
+
+    def auth(self, user, password):
+        self._admission.sign_in(user, password)
+
+    def mail(self, sender, parameters):
+        self._admission.admit(self.client, sender)
+
     def data(self, sender, recipients, parameters):
-        return Incoming(self, sender, recipients, parameters)
+        return IncomingMessage(
+            self.client, sender, recipients,
+            self._open_draft(sender, recipients, parameters), self._announce)
 
 
-class Incoming(smtps.Receiver):
+class IncomingMessage(smtps.Message):
     """One mail on its way from a client to its file: Received is put in
     front, and what every mail needs and this one lacks."""
 
-    def __init__(self, intake, sender, recipients, parameters):
-        self.intake, self.client = intake, intake.client
-        self.sender, self.recipients = sender, recipients
-        self.draft = intake.spool.draft(sender, recipients, parameters)
-        self.id = self.draft.id
-        self.head, self.in_header = b'', True
+    def __init__(self, client, sender, recipients, draft, announce):
+        self._client, self._sender = client, sender
+        self._recipients, self._announce = recipients, announce
+        self._draft, self.id = draft, draft.id
+        self._head = b''            # while the header goes on; then None
 
     def write(self, chunk):
-        """Raises Refused."""
-        if self.in_header:
-            self.head += chunk
-            chunk = self.complete_header(False)
-        self.draft.write(chunk)
-
-    def flush(self):
-        self.store(self.draft.flush)
+        """Raises smtps.Refused."""
+        if self._head is None:
+            self._store(self._draft.write, chunk)
+            return
+        self._head += chunk
+        if not self._header_goes_on():
+            self._write_head()
 
     def seal(self):
-        if self.in_header:
-            self.draft.write(self.complete_header(True))
-        self.store(self.draft.seal)
+        if self._head is not None:
+            self._write_head()
+        self._store(self._draft.seal)
 
     def commit(self):
-        """The only place that makes a 250 to the final dot possible."""
-        self.store(self.draft.commit)
-
-    def accepted(self):
-        relay = self.intake.relay
+        """The only place that says the 250 to the final dot."""
+        self._store(self._draft.commit)
         try:
-            relay.announce(
-                self.id, self.sender, '%s: accepted from <%s> to %s, %d bytes,'
-                ' client %s (%s)' % (
-                    self.id, self.sender, listed(self.recipients),
-                    self.draft.size, self.client,
-                    self.client.hello or 'gave no name'))
-        finally:
-            # Now a scan may see it: earlier the relay might take it twice.
-            self.intake.spool.drafts.discard(self.id)
+            self._announce(
+                self.id, self._sender, '%s: accepted from <%s> to %s, %d '
+                'bytes, client %s (%s)' % (
+                    self.id, self._sender, listed(self._recipients),
+                    self._draft.size, self._client,
+                    self._client.hello or 'gave no name'))
+        except BaseException:           # it is safe: no second copy, please
+            log.exception('%s: accepted, but an error keeps it back: a reload '
+                          'or the next start sends it', self.id)
+        # Now a scan may see it: earlier the relay might take it twice.
+        self._draft.release()
         return '2.0.0 accepted as ' + self.id
 
     def abort(self):
-        self.draft.abort()
-        self.intake.spool.drafts.discard(self.id)
+        self._draft.abort()
+        self._draft.release()
 
-    def store(self, step):
+    def _store(self, step, *arguments):
         """Does step; a full disk is the client's to try again."""
         try:
-            step()
+            step(*arguments)
         except OSError as error:
             log.error('%s: not taken from <%s>, client %s: it cannot be '
                       'stored: %s; answered 452, the client may try again',
-                      self.id, self.sender, self.client, error)
+                      self.id, self._sender, self._client, error)
             raise smtps.Refused(452, '4.3.1 no room for it now, try later')
 
-    def complete_header(self, all_is_there):
-        """What may be written of head: nothing while the header goes on.
-        Raises Refused."""
-        if self.head.startswith((b'From ', b'>From ')):     # of a mailbox
-            self.head = self.head.partition(b'\r\n')[2]
-        end = HEADER.match(self.head).end()
-        rest = self.head[end:]
-        if b'\r\n' not in rest and not all_is_there:
-            if len(self.head) <= HEADER_LIMIT:
-                return b''
-        if end > HEADER_LIMIT:
+    def _header_goes_on(self):
+        """May what comes next belong to the header, too?"""
+        rest = self._head[HEADER.match(self._head).end():]
+        return b'\r\n' not in rest and len(self._head) <= HEADER_LIMIT
+
+    def _write_head(self):
+        """Writes what is there, the header completed. Raises smtps.Refused.
+        """
+        match = HEADER.match(self._head)
+        header, rest = match['fields'], self._head[match.end():]
+        if len(header) > HEADER_LIMIT:
             raise smtps.Refused(552, '5.3.4 the header is too large')
         if not rest.startswith(b'\r\n'):
             rest = b'\r\n' + rest
-        header, self.head, self.in_header = self.head[:end], b'', False
-        return self.new_fields(header) + header + rest
+        self._head = None
+        self._store(self._draft.write,
+                    self._new_fields(header) + header + rest)
 
-    def new_fields(self, header):
+    def _new_fields(self, header):
         """Received, and Date, Message-ID, From where missing."""
         found = [name.lower() for name in MISSING.findall(header)]
         if found.count(b'received') > HOPS:
             log.error('%s: refused, it goes round in a loop: more than %d '
                       'Received lines; from <%s>, client %s', self.id, HOPS,
-                      self.sender, self.client)
+                      self._sender, self._client)
             raise smtps.Refused(554, '5.4.6 mail loop')
         now = mail_date(int(time.time()))
-        client = self.client
-        hello = UNUSUAL.sub('?', client.hello or '')
-        fields = ['Received: from %s ([%s%s])' % (
-            hello[:64] or 'unknown', 'IPv6:' if ':' in client.address else '',
-            client.address), '\tby %s with %s id %s;' % (
-                HOST, self.protocol(), self.id), '\t' + now]
+        fields = [self._received(now)]
         if b'date' not in found:
             fields.append('Date: ' + now)
         if b'message-id' not in found:
@@ -1863,14 +1939,19 @@ class Incoming(smtps.Receiver):
                 self.id, os.urandom(4).hex(), HOST))
         if b'from' not in found:
             fields.append('From: <%s>' % (
-                self.sender or 'MAILER-DAEMON@' + HOST))
+                self._sender or 'MAILER-DAEMON@' + HOST))
         return ('\r\n'.join(fields) + '\r\n').encode()
 
-    def protocol(self):
-        """RFC 3848: SMTP, ESMTP, ESMTPS, ESMTPA, ESMTPSA."""
-        client = self.client
-        return 'SMTP' if not client.extended else (
+    def _received(self, now):
+        """RFC 5321 4.4; the protocol's name: RFC 3848."""
+        client = self._client
+        protocol = 'SMTP' if not client.extended else (
             'ESMTP' + 'S' * client.secure + 'A' * (client.user is not None))
+        return ('Received: from %s ([%s%s])\r\n\tby %s with %s id %s;\r\n'
+                '\t%s' % (
+                    UNUSUAL.sub('?', client.hello or '')[:64] or 'unknown',
+                    'IPv6:' if ':' in client.address else '', client.address,
+                    HOST, protocol, self.id, now))
 
 
 @functools.lru_cache(1)
@@ -3227,7 +3308,7 @@ class TokenFile:
         import json
         text = json.dumps({'for': self.key, 'tokens': tokens._asdict()},
                           indent=1)
-        Spool.make_folder(self.folder)
+        make_folder(self.folder)
         self._remove(self.new)
         try:
             with open(os.open(self.new, os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -3297,7 +3378,7 @@ class TokenFile:
         import fcntl
         lock, end = None, time.monotonic() + LOCK_TIME
         try:
-            Spool.make_folder(self.folder)
+            make_folder(self.folder)
             lock = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW,
                            0o600)
             while not self._got(fcntl, lock):
@@ -5465,7 +5546,7 @@ class Relay:
         self._last_round = self._clock()
         if self._reloaded:
             self._rescan()
-        self._spool.bury()
+        self._spool.retry_removals()
         for path, id, what in self._spool.asked():
             self._serve_request(path, id, what)
         self.grants.renew_idle()
@@ -5820,8 +5901,9 @@ class Proxy:
             str(sock.getsockname()[1]) for sock in self.server.listeners}))
 
     def make_session(self, client):
-        return Intake(client, self.spool, self.settings, self.relay,
-                      bool(self.handlers.enabled))
+        return Intake(
+            client, Admission(self.settings, bool(self.handlers.enabled)),
+            self.spool.draft, self.relay.announce)
 
     def wait_for_address(self, host):
         """At boot we may be faster than DHCP. Whatever else is wrong with a
@@ -6216,7 +6298,7 @@ def login(settings, options):
         return 1
     account, folder = grant.account, grant.file.folder
     try:
-        Spool.make_folder(folder)
+        make_folder(folder)
     except OSError:
         pass                            # said in the next line
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -6685,19 +6767,20 @@ class DemoSession(smtps.Session):
                                 % self.provider.login)
 
     def data(self, sender, recipients, parameters):
-        return DemoMail(self.provider.mails)
+        return DemoMessage(self.provider.mails)
 
 
-class DemoMail(smtps.Receiver):
+class DemoMessage(smtps.Message):
 
     def __init__(self, mails):
-        self.mails, self.content = mails, b''
+        self._mails, self._content = mails, b''
 
     def write(self, chunk):
-        self.content += chunk
+        self._content += chunk
 
     def commit(self):
-        self.mails.put(self.content)
+        self._mails.put(self._content)
+        return '2.0.0 thank you'
 
 
 class PopProvider(DemoProvider):

@@ -3,13 +3,35 @@ r"""SMTP (RFC 5321) as a library, both ends: a threaded listener that takes
 mail, and a client that delivers it. It knows nothing of proxying, accounts,
 ini files or spools.
 
-To take mail, derive from Session:
+    client ~~~> Server                              Delivery ~~~> mail server
+                   |  Conversation                     ^     Report
+                   v                                   |
+                Session, Message ---- your program ---- Envelope
 
-    server = smtps.Server(MySession)
+To take mail, say what receives it; what else a Session may refuse and a
+Message may do has a default:
+
+    import smtps
+
+    mails = []
+
+    class Letter(smtps.Message):
+        content = b''
+
+        def write(self, chunk):
+            self.content += chunk
+
+        def commit(self):
+            mails.append(smtps.unstuffed(self.content))
+            return '2.0.0 thank you'
+
+    class Inbox(smtps.Session):
+        def data(self, sender, recipients, parameters):
+            return Letter()
+
+    server = smtps.Server(Inbox)
     server.listen('', 2525)
-    server.start()                      # returns at once
-    ...
-    server.stop()
+    server.start()                      # returns at once; server.stop()
 
 To deliver mail:
 
@@ -21,26 +43,57 @@ To deliver mail:
     delivery.close(politely=True)
     print('sent', report.sent, 'later', report.later, 'never', report.never)
 
-    Server      sockets, threads and limits
-    Connection  one conversation: the verbs, in the client's order
-    DataReader  finds the end of DATA and makes every line end CRLF
-    Session     the hooks: what the program thinks of all this
+For the program that takes mail:
+
+    Session     the hooks: what the program thinks of a client and its mails
+    Message     receives one mail and makes it safe
     Refused     how a hook says no
-    Delivery    the client's end: one connection to a mail server
-    Envelope    who sends a mail, to whom, with which parameters
-    Report      what became of each recipient
+    Client      what is known of the other end
+    Limits      what a server grants its clients
     Networks    the clients that may come in
 
-How the threads work. A thread per connection spends its time handing
-CPython's interpreter lock around, and most of a conversation is waiting. So
-there is one desk, with one thread at it: it waits for all clients and does
-every step that cannot block. A conversation is a generator that yields what
-it waits for: READ, WRITE, or before a step that may block SYNC or AWAY. SYNC
-is the disk: one thread, the clerk, takes all mails that wait for it through
-each step together, so that they share what a sync costs. AWAY is all else (a
-large file, a password, a TLS handshake) and is done by a thread of the team.
-Then the conversation goes on at the desk. So the lock changes hands only
-around the disk, and an idle client costs no thread.
+The listener:
+
+    Server      listens; its event loop waits for all clients
+    DiskThread  makes mails safe, all that wait at once
+    WorkerPool  threads for what else may take long
+    Connection  one client's socket: bytes in and out, never waiting
+    Conversation    what is said over it: the verbs, in the client's order
+    DataReader  finds the end of DATA and makes every line end CRLF
+    Closing, IdleTimeout, Disconnected      how a conversation ends early
+
+The client's end:
+
+    Delivery    one connection to a mail server
+    Envelope    who sends a mail, to whom, with which parameters
+    FilePart    the content of a mail that is in a file
+    Report      what became of each recipient
+    ServiceUnavailable      the server has trouble of its own
+    BoundedReader, SmtpDialogue     replies have an end
+
+Where the listener's threads meet. A thread for each client would spend its
+time handing CPython's interpreter lock around, and most of a conversation is
+waiting. So a conversation is a generator: resume() does its next step and
+returns what the step after that waits for.
+
+    READ WRITE SLEEP    the client, or time. One thread, the event loop
+                        ('smtp-loop'), waits for all of that.
+    COMMIT              the disk. The disk thread ('smtp-disk') takes all
+                        mails that wait for it through each step together:
+                        first each is sealed, then each committed. So one
+                        sync may serve them all.
+    OFFLOAD             what may take long otherwise: a large piece of a mail,
+                        a password, a TLS handshake. That is for a worker
+                        ('smtp-1' and so on).
+    RESUME              nothing: that was it, on with it in the event loop.
+    None                nothing: the conversation is over.
+
+The event loop gives a conversation away through the queue of the disk thread
+or of the workers, and gets it back through _handed_back and the wake-up pipe.
+Between the two it does not touch it. So a conversation, with its Session and
+its Message, is in the hands of one thread at a time and needs no lock. All
+else of a Server is the event loop's alone, but for limits and make_session,
+which anybody may replace, and stopping, which stop() sets once.
 
 `python3 smtps.py 2525` prints what it receives.
 
@@ -72,17 +125,15 @@ AUTH_LINE = 12288       # bytes; RFC 4954 section 4
 RECIPIENTS = 1000       # a mail; RFC 5321 4.5.3.1.8 asks for 100 and more
 ERRORS = 20             # refused commands until a session is ended
 AUTH_PAUSE = 3.0        # seconds that a wrong password costs
-TEAM = 32               # threads at most
+WORKERS = 32            # threads at most
+TURN = 64               # pieces of a large mail, then it is another's turn
 BACKLOG = 512           # a short one makes clients wait a second and more
 DAY = 86400.0           # seconds; a selector can't wait for a month
 FOREVER = float('inf')
 
-READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
-AWAY = -1               # the next step may block
-SYNC = -2               # the same, and what it waits for is the disk
-BACK = -3               # that step is done: on with quick ones
-PAUSE = -4              # nothing to do until the patience is over
-DONE = None             # the conversation is over
+# What the next step of a conversation waits for; see above. None: it is over.
+SLEEP, READ, WRITE = 0, selectors.EVENT_READ, selectors.EVENT_WRITE
+OFFLOAD, COMMIT, RESUME = 'offload', 'commit', 'resume'
 
 
 class Limits(NamedTuple):
@@ -119,15 +170,15 @@ class Refused(Exception):
         self.code, self.text = code, text
 
 
-class Goodbye(Exception):
+class Closing(Exception):
     """Thrown into a conversation that has to end; its text is the 421."""
 
 
-class Silence(Goodbye):
+class IdleTimeout(Closing):
     """The client said nothing for so long."""
 
 
-class Gone(Exception):
+class Disconnected(Exception):
     """The client is not there any more, or we are not for it. level: int,
     how much that is the owner's business."""
 
@@ -136,7 +187,7 @@ class Gone(Exception):
         self.level = level
 
 
-# --- Session: the hooks -----------------------------------------------------
+# --- Session and Message: the hooks -----------------------------------------
 
 class Session:
     """The program's side of one conversation. These defaults accept all and
@@ -144,13 +195,14 @@ class Session:
     exception, SystemExit included, is logged and answered 451: a bug never
     becomes a 250 and never ends the server.
 
-    auth, flush, seal and commit may block; all else must not, since all
-    clients wait for it. A session's hooks run one by one, those of different
-    sessions at the same time.
+    auth and the steps of a Message may block; all else must not, since all
+    clients wait for it. The hooks of a session and its messages run one by
+    one, those of different sessions at the same time.
 
     mechanisms: what AUTH offers; XOAUTH2 is known as well."""
 
     mechanisms = 'LOGIN', 'PLAIN'
+
 
     def __init__(self, client):
         self.client = client
@@ -164,14 +216,14 @@ class Session:
 
     def mail(self, sender, parameters):
         """MAIL FROM; sender is a bare address or '', parameters a dict of
-        upper-case keyword -> str."""
+        upper-case keyword -> str (see parse_parameters)."""
 
     def rcpt(self, recipient):
         """RCPT TO, a bare address."""
 
     def data(self, sender, recipients, parameters):
-        """DATA may begin; returns what receives it (see Receiver)."""
-        return Receiver()
+        """DATA may begin; returns the Message that receives it."""
+        return Message()
 
     def reset(self):
         """The mail that was begun is forgotten or finished."""
@@ -180,25 +232,27 @@ class Session:
         """The conversation is over."""
 
 
-class Receiver:
-    """Takes one mail."""
+class Message:
+    """Receives one mail: write() for each piece, seal(), commit(). To raise
+    Refused in one of them refuses the mail, and then, or if the client goes
+    away, comes abort(). Who only wants to receive overrides write and commit.
+
+    All of them may block: none runs in the event loop. A mail of less than
+    CHUNK bytes is written and sealed in the disk thread, then committed there
+    with all others that wait. What comes of a larger one is written by a
+    worker, so a disk that is slow for one mail is not for the others."""
 
     def write(self, chunk):
         """chunk: bytes as on the wire: lines end with CRLF, a dot at the
-        start of a line is doubled (RFC 5321 4.5.2). Keep them in memory."""
-
-    def flush(self):
-        """The mail is large: what was written should leave the memory."""
+        start of a line is doubled (RFC 5321 4.5.2)."""
 
     def seal(self):
         """The mail is complete: it sets out for the disk."""
 
     def commit(self):
-        """The mail is safe and from here on the program's."""
-
-    def accepted(self):
-        """commit() and reset() returned; returns the text of the 250 (str).
-        Whatever happens here, the client gets one."""
+        """The mail is safe and from here on the program's. Returns the text
+        of the 250 (str). Whatever fails behind this, the client hears it: a
+        451 for a mail that is kept would bring it a second time."""
         return '2.0.0 thank you'
 
     def abort(self):
@@ -216,7 +270,8 @@ class DataReader:
     as two: whatever another server takes for an end of data, it will not
     find it in a mail of ours (SMTP smuggling, CVE-2023-51764).
 
-    size: int, bytes seen of the mail; rest: None, or the bytes behind it."""
+    size: int, bytes seen of the mail; amount: those that take() would return
+    now; rest: None, or the bytes behind the mail."""
 
     END = b'\r\n.\r\n'
     LINE_END = re.compile(rb'\r{0,2}\n|\r')
@@ -230,20 +285,20 @@ class DataReader:
     def __init__(self):
         # The line end of DATA itself counts: an empty mail is '.' CRLF. So
         # a piece always begins with a line end, which is left out once.
-        self.held, self.leave_out = b'\r\n', 2
-        self.pieces, self.amount = [], 0
-        self.size, self.rest = -self.leave_out, None
+        self._held, self._leave_out = b'\r\n', 2
+        self._pieces, self.amount = [], 0
+        self.size, self.rest = -self._leave_out, None
 
     def feed(self, data):
         """Takes bytes until rest is not None."""
-        data = self.held + data
+        data = self._held + data
         if b'\0' in data:
             data = self.NULS.sub(rb'\1\2', data)
         # Large mails are base64, which knows no dot: one byte is found faster.
         cut = data.find(self.END) if b'.' in data else -1
         if cut < 0:
             cut = self._undecided(data)
-            piece, self.held = self._normalised(data[:cut]), data[cut:]
+            piece, self._held = self._normalised(data[:cut]), data[cut:]
             self.size += cut
         else:
             piece, self.rest = data[:cut], data[cut + len(self.END):]
@@ -252,13 +307,13 @@ class DataReader:
                 piece = piece[:-1]          # CR CR LF
             piece = self._normalised(piece) + b'\r\n'
         if piece:
-            self.pieces.append(piece[self.leave_out:])
+            self._pieces.append(piece[self._leave_out:])
             self.amount += len(piece)
-            self.leave_out = 0
+            self._leave_out = 0
 
     def take(self):
         """The mail's bytes so far, as they may go out."""
-        taken, self.pieces, self.amount = b''.join(self.pieces), [], 0
+        taken, self._pieces, self.amount = b''.join(self._pieces), [], 0
         return taken
 
     def _undecided(self, data):
@@ -311,7 +366,19 @@ NEEDLESS = re.compile(r'''
     " ( (?: [^"\\\s@<>()\[\]:;,] | \\[^"\\\s@<>()\[\]:;,] )+ ) " (?=@)''',
                       re.VERBOSE)
 SURROGATE = re.compile('[\ud800-\udfff]')           # was not UTF-8
-SIZE, BODY = re.compile(r'[0-9]{0,20}$'), re.compile(r'[A-Za-z0-9]*$')
+SIZE = re.compile(r'[0-9]{0,20}\Z')
+# What of these parameters may be handed on: no server has to understand what
+# a client made up.
+UNDERSTOOD = re.compile('BODY=(?:7BIT|8BITMIME)|SMTPUTF8',
+                        re.IGNORECASE | re.ASCII)
+
+
+def after(word, argument):
+    """What follows 'FROM:' in all its spellings. Raises Refused."""
+    said, colon, path = argument.partition(':')
+    if said.strip().upper() != word or not colon:
+        raise Refused(501, '5.5.4 %s:<address> is missing' % word)
+    return path
 
 
 def parse_path(text, status):
@@ -341,19 +408,17 @@ def parse_path(text, status):
 
 def parse_parameters(words):
     """{'SIZE': '1', 'SMTPUTF8': ''} of ['SIZE=1', 'SMTPUTF8']; raises
-    Refused."""
+    Refused. Of BODY and SMTPUTF8 other values are taken and left out."""
     parameters = {}
     for word in words:
         keyword, _, value = word.partition('=')
-        if keyword.upper() not in PARAMETERS:
+        keyword = keyword.upper()
+        if keyword not in PARAMETERS:
             raise Refused(555, '5.5.4 unknown parameter ' + printable(word))
-        parameters[keyword.upper()] = value
+        if keyword not in ('BODY', 'SMTPUTF8') or UNDERSTOOD.fullmatch(word):
+            parameters[keyword] = value
     if not SIZE.match(parameters.get('SIZE', '')):
         raise Refused(501, '5.5.4 SIZE takes a number')
-    if not BODY.match(parameters.get('BODY', '')):
-        raise Refused(501, '5.5.4 BODY takes a word')
-    if parameters.get('SMTPUTF8'):
-        raise Refused(501, '5.5.4 SMTPUTF8 takes no value')
     return parameters
 
 
@@ -481,45 +546,36 @@ def _weaken(context):
     context.set_ciphers('DEFAULT:@SECLEVEL=0')
 
 
-# --- Connection: one conversation -------------------------------------------
-
-VERBS = ('HELO', 'EHLO', 'MAIL', 'RCPT', 'DATA', 'RSET', 'NOOP', 'VRFY',
-         'EXPN', 'HELP', 'AUTH', 'STARTTLS', 'QUIT')
-WEB = ('GET', 'POST', 'HEAD', 'PUT', 'OPTIONS', 'CONNECT')
-
+# --- Connection: one client's socket ----------------------------------------
 
 class Connection:
-    """One conversation. Its state is what the client has said so far:
-    client.hello, client.user, sender, recipients."""
+    """One client's socket, which never waits. What has to wait is a
+    generator: it is called by `yield from` and yields what it waits for.
 
-    want_read = want_write = ()     # what a TLS layer raises instead of EAGAIN
+    For the event loop: sock, client; resume(), close(); patience and deadline
+    (seconds, and when they are over); watched (what the selector looks for),
+    away (another thread has it in hand)."""
 
-    def __init__(self, server, sock, peer, tls):
-        self.server, self.sock = server, sock
-        self.limits = server.limits
-        self.client = Client(peer[0], peer[1])
-        self.session = server.make_session(self.client)
-        self.talk = self.converse(tls)
-        self.patience, self.deadline = self.limits.timeout, 0.0
-        self.watched, self.away = 0, None
-        self.input, self.replies = b'', []
-        self.errors, self.leaving = 0, False
-        self.hushed = False             # what comes may be a password
-        self.sender = self.parameters = None
-        self.recipients = []
+    _want_read = _want_write = ()   # what a TLS layer raises instead of EAGAIN
 
-    # What the server calls.
+    def __init__(self, sock, client, patience):
+        self.sock, self.client = sock, client
+        self.patience, self.deadline = patience, 0.0
+        self.watched, self.away = 0, False
+        self._steps = self._converse()
+        self._input, self._replies = b'', []
+        self._blocked = None
 
-    def proceed(self, thrown=None):
-        """One step; returns what the next one waits for: READ, WRITE, AWAY,
-        SYNC, BACK, PAUSE or DONE."""
+    def resume(self, thrown=None):
+        """Does one step; returns what the next one waits for. thrown: a
+        Closing that ends the conversation instead."""
         try:
-            want = self.talk.throw(thrown) if thrown else next(self.talk)
+            want = self._steps.throw(thrown) if thrown else next(self._steps)
         except StopIteration:
-            want = DONE
+            want = None
         except BaseException:       # not even SystemExit may end a thread
             log.exception('%s: conversation ended by an error', self.client)
-            want = DONE
+            want = None
         self.deadline = time.monotonic() + self.patience
         return want
 
@@ -529,407 +585,545 @@ class Connection:
                 self.sock.unwrap()
         self.sock.close()
 
-    # The conversation as a whole.
+    def _converse(self):
+        """From the first byte to the last: for derived classes."""
+        raise NotImplementedError
 
-    def converse(self, tls):
-        """From the greeting to the goodbye; yields what it waits for."""
-        try:
-            if tls:
-                yield from self.secure(tls)
-            self.reply(220, '%s ESMTP ready' % self.server.hostname)
-            self.input = yield from self.receive()
-            if self.input[:1] == b'\x16':
-                raise Gone('speaks TLS from the start: that is for tlsport; '
-                           'here only STARTTLS or none', logging.WARNING)
-            while not self.leaving:
-                yield from self.obey()
-            yield from self.flush()
-        except Goodbye as goodbye:
-            log.debug('%s: dismissed: %s', self.client, goodbye)
-            self.reply(421, str(goodbye))
-            with contextlib.suppress(OSError, ValueError):
-                self.sock.send(b''.join(self.replies))
-        except Gone as gone:
-            log.log(gone.level, '%s: %s', self.client, gone)
-        finally:
-            self.call(self.session.closed)
+    # In.
 
-    def obey(self):
-        """One command and its reply."""
-        verb = None
-        try:
-            line = yield from self.read_line(COMMAND_LINE)
-            verb, argument = self.parse_command(line)
-            waiting = getattr(self, 'do_' + verb)(argument)
-            if waiting is not None:
-                yield from waiting
-        except Refused as no:
-            self.refuse(no, verb)
-        except (Goodbye, Gone, GeneratorExit):
-            raise
-        except BaseException:           # a hook's sys.exit() is one, too
-            log.exception('%s: answered 451', self.client)
-            self.refuse(Refused(451, '4.3.0 an error here; try again later'))
-
-    def refuse(self, no, verb=None):
-        log.log(logging.WARNING if verb in ('MAIL', 'RCPT', 'DATA', 'AUTH')
-                else logging.DEBUG, '%s: answered %s with %s', self.client,
-                verb or 'a line', no)
-        self.reply(no.code, no.text)
-        self.errors += no.code >= 500
-        if self.errors > ERRORS:
-            raise Goodbye('4.7.0 too many errors')
-
-    def parse_command(self, line):
-        verb, argument = (line.split(None, 1) + ['', ''])[:2]
-        verb = verb.upper()
-        if verb.startswith('AUTH'):
-            self.hushed = True
-        if log.isEnabledFor(logging.DEBUG):
-            log.debug('%s: %s', self.client, self.shown(verb, argument))
-        if verb in VERBS:
-            return verb, argument.strip()
-        if verb in WEB:
-            raise Gone('speaks HTTP, this is for mail', logging.WARNING)
-        raise Refused(500, '5.5.2 unknown command' + (
-            '' if self.hushed else ' ' + printable(verb)))
-
-    def shown(self, verb, argument):
-        """A command as the log may show it. A client that is refused at AUTH
-        may go on with its name and password: until it has signed in or begun
-        a mail, only verbs are shown."""
-        if self.hushed:
-            return (verb if verb in VERBS else 'a line') + ' ...'
-        return printable(verb) + ' ' + ascii(argument)[1:-1]
-
-    # Bytes in and out.
-
-    def read_line(self, limit):
+    def _read_line(self, limit):
         """The next line (str; what is not UTF-8 as surrogates), LF or CRLF.
         Raises Refused if it has more than limit bytes."""
-        long = False
-        while b'\n' not in self.input:
-            if len(self.input) > limit:
-                self.input, long = b'', True
-            self.input += yield from self.receive()
-        line, _, self.input = self.input.partition(b'\n')
-        if long or len(line) > limit:
+        too_long = False
+        while b'\n' not in self._input:
+            if len(self._input) > limit:
+                self._input, too_long = b'', True
+            self._input += yield from self._receive()
+        line, _, self._input = self._input.partition(b'\n')
+        if too_long or len(line) > limit:
             raise Refused(500, '5.5.2 more than %d bytes in a line' % limit)
         return line.rstrip(b'\r').decode('utf-8', 'surrogateescape')
 
-    def receive(self):
+    def _receive(self):
         """The next bytes from the client, which gets its replies first."""
-        if self.replies:
-            yield from self.flush()
-        if not (self.want_read and self.sock.pending()):
+        if self._replies:
+            yield from self._flush()
+        if not (self._want_read and self.sock.pending()):
             yield READ
-        data = self.attempt(READ, self.sock.recv, CHUNK)
-        while self.blocked:
-            yield self.blocked
-            data = self.attempt(READ, self.sock.recv, CHUNK)
-        if not data:
-            raise Gone('closed the connection')
+        data = self._receive_now()
+        while data is None:
+            yield self._blocked
+            data = self._receive_now()
         return data
 
-    def flush(self):
-        """Sends all replies of a batch at once (RFC 2920)."""
-        out, self.replies = b''.join(self.replies), []
-        while out:
-            sent = self.attempt(WRITE, self.sock.send, out)
-            if self.blocked:
-                yield self.blocked
-            else:
-                out = out[sent:]
+    def _receive_now(self):
+        """What is there of the next bytes, None if that is nothing."""
+        data = self._attempt(READ, self.sock.recv, CHUNK)
+        if data == b'':
+            raise Disconnected('closed the connection')
+        return data
 
-    def attempt(self, usual, call, *arguments):
-        """What a socket method returns. If it has to wait, self.blocked says
-        what for, usual or what TLS asks for; else it is None. Raises Gone."""
-        self.blocked = None
+    def _attempt(self, usual, call, *arguments):
+        """What a socket method returns. None if it has to wait: _blocked says
+        what for, usual or what TLS asks for. Raises Disconnected."""
+        self._blocked = None
         try:
             return call(*arguments)
         except BlockingIOError:
-            self.blocked = usual
-        except self.want_read:
-            self.blocked = READ
-        except self.want_write:
-            self.blocked = WRITE
+            self._blocked = usual
+        except self._want_read:
+            self._blocked = READ
+        except self._want_write:
+            self._blocked = WRITE
         except OSError as error:
-            raise Gone('connection lost: %s' % error)
+            raise Disconnected('connection lost: %s' % error)
 
-    def reply(self, code, *lines):
+    # Out.
+
+    def _reply(self, code, *lines):
         for line in lines[:-1]:
-            self.replies.append(b'%d-%s\r\n' % (code, line.encode()))
-        self.replies.append(b'%d %s\r\n' % (code, lines[-1].encode()))
+            self._replies.append(b'%d-%s\r\n' % (code, line.encode()))
+        self._replies.append(b'%d %s\r\n' % (
+            code, lines[-1].encode('utf-8', 'replace')))
 
-    def call(self, hook):
-        """What a hook returns whose failure must not change the reply."""
-        try:
-            return hook()
-        except BaseException:
-            log.exception('%s: in %s', self.client, hook)
+    def _flush(self):
+        """Sends all replies of a batch at once (RFC 2920)."""
+        out, self._replies = b''.join(self._replies), []
+        while out:
+            sent = self._attempt(WRITE, self.sock.send, out)
+            if self._blocked:
+                yield self._blocked
+            else:
+                out = out[sent:]
 
-    def pause(self, seconds):
+    def _send_last(self, code, text):
+        """Sends what still can be sent without waiting."""
+        self._reply(code, text)
+        with contextlib.suppress(OSError, ValueError):
+            self.sock.send(b''.join(self._replies))
+
+    # Time and TLS.
+
+    def _pause(self, seconds):
         usual, self.patience = self.patience, seconds
         try:
-            yield PAUSE
-        except Silence:
+            yield SLEEP
+        except IdleTimeout:
             self.patience = usual
 
-    def secure(self, context):
+    def _secure(self, context):
         """Puts TLS around the socket. Every step of a handshake computes:
-        none of them at the desk. Raises Gone."""
+        none of them in the event loop. Raises Disconnected."""
         import ssl
         try:
             self.sock.getpeername()     # gone already? wrap_socket would leak
             self.sock = context.wrap_socket(
                 self.sock, server_side=True, do_handshake_on_connect=False)
-            self.want_read = ssl.SSLWantReadError
-            self.want_write = ssl.SSLWantWriteError
-            yield AWAY
-            self.attempt(READ, self.sock.do_handshake)
-            while self.blocked:
-                yield self.blocked
-                yield AWAY
-                self.attempt(READ, self.sock.do_handshake)
-        except (OSError, ValueError, Gone) as error:
-            raise Gone('no TLS with this client: %s' % error,
-                       logging.WARNING if 'SSL' in str(error)
-                       else logging.DEBUG)
+            self._want_read = ssl.SSLWantReadError
+            self._want_write = ssl.SSLWantWriteError
+            yield OFFLOAD
+            self._attempt(READ, self.sock.do_handshake)
+            while self._blocked:
+                yield self._blocked
+                yield OFFLOAD
+                self._attempt(READ, self.sock.do_handshake)
+        except (OSError, ValueError, Disconnected) as error:
+            raise Disconnected('no TLS with this client: %s' % error,
+                               logging.WARNING if 'SSL' in str(error)
+                               else logging.DEBUG)
         self.client.secure = True
 
-    # The verbs.
 
-    def do_HELO(self, name):
-        self.say_hello(name, False)
-        self.reply(250, self.server.hostname)
+# --- Conversation: what is said over it -------------------------------------
 
-    def do_EHLO(self, name):
-        self.say_hello(name, True)
-        offers = [self.server.hostname, 'PIPELINING', '8BITMIME',
-                  'SIZE %d' % self.limits.maxsize, 'SMTPUTF8',
+VERBS = ('HELO', 'EHLO', 'MAIL', 'RCPT', 'DATA', 'RSET', 'NOOP', 'VRFY',
+         'EXPN', 'HELP', 'AUTH', 'STARTTLS', 'QUIT')
+WEB = ('GET', 'POST', 'HEAD', 'PUT', 'OPTIONS', 'CONNECT')
+
+
+class Conversation(Connection):
+    """One client's commands and our replies. Its state is what the client has
+    said so far: client.hello, client.user, _sender, _recipients."""
+
+    def __init__(self, server, sock, client, tls):
+        """tls: an ssl.SSLContext if TLS begins at once, or None."""
+        super().__init__(sock, client, server.limits.timeout)
+        self._server, self._limits = server, server.limits
+        self._session = server.make_session(client)
+        self._tls_at_once = tls
+        self._errors, self._leaving = 0, False
+        self._hushed = False            # what comes may be a password
+        self._sender = self._parameters = None
+        self._recipients = []
+
+    # As a whole.
+
+    def _converse(self):
+        """From the greeting to the goodbye."""
+        try:
+            if self._tls_at_once:
+                yield from self._secure(self._tls_at_once)
+            self._reply(220, '%s ESMTP ready' % self._server.hostname)
+            self._input = yield from self._receive()
+            if self._input[:1] == b'\x16':
+                raise Disconnected('speaks TLS from the start: that is for '
+                                   'tlsport', logging.WARNING)
+            while not self._leaving:
+                yield from self._obey()
+            yield from self._flush()
+        except Closing as closing:
+            log.debug('%s: dismissed: %s', self.client, closing)
+            self._send_last(421, str(closing))
+        except Disconnected as why:
+            log.log(why.level, '%s: %s', self.client, why)
+        finally:
+            self._call(self._session.closed)
+
+    def _obey(self):
+        """One command and its reply."""
+        verb = None
+        try:
+            line = yield from self._read_line(COMMAND_LINE)
+            verb, argument = self._parse_command(line)
+            waiting = getattr(self, '_do_' + verb)(argument)
+            if waiting is not None:
+                yield from waiting
+        except Refused as no:
+            self._refuse(no, verb)
+        except (Closing, Disconnected, GeneratorExit):
+            raise
+        except BaseException:           # a hook's sys.exit() is one, too
+            log.exception('%s: answered 451', self.client)
+            self._refuse(Refused(451, '4.3.0 an error here; try again later'))
+
+    def _refuse(self, no, verb=None):
+        log.log(logging.WARNING if verb in ('MAIL', 'RCPT', 'DATA', 'AUTH')
+                else logging.DEBUG, '%s: answered %s with %s', self.client,
+                verb or 'a line', no)
+        self._reply(no.code, no.text)
+        self._errors += no.code >= 500
+        if self._errors > ERRORS:
+            raise Closing('4.7.0 too many errors')
+
+    def _call(self, hook):
+        """Calls a hook whose failure must not change the reply."""
+        try:
+            hook()
+        except BaseException:
+            log.exception('%s: in %s', self.client, hook)
+
+    def _parse_command(self, line):
+        verb, argument = (line.split(None, 1) + ['', ''])[:2]
+        verb = verb.upper()
+        if verb.startswith('AUTH'):
+            self._hushed = True
+        if log.isEnabledFor(logging.DEBUG):
+            log.debug('%s: %s', self.client, self._shown(verb, argument))
+        if verb in VERBS:
+            return verb, argument.strip()
+        if verb in WEB:
+            raise Disconnected('speaks HTTP, this is for mail',
+                               logging.WARNING)
+        raise Refused(500, '5.5.2 unknown command' + (
+            '' if self._hushed else ' ' + printable(verb)))
+
+    def _shown(self, verb, argument):
+        """A command as the log may show it. A client that is refused at AUTH
+        may go on with its name and password: until it has signed in or begun
+        a mail, only verbs are shown."""
+        if self._hushed:
+            return (verb if verb in VERBS else 'a line') + ' ...'
+        return printable(verb) + ' ' + ascii(argument)[1:-1]
+
+    # Hello, and what needs no mail.
+
+    def _do_HELO(self, name):
+        self._say_hello(name, False)
+        self._reply(250, self._server.hostname)
+
+    def _do_EHLO(self, name):
+        self._say_hello(name, True)
+        offers = [self._server.hostname, 'PIPELINING', '8BITMIME',
+                  'SIZE %d' % self._limits.maxsize, 'SMTPUTF8',
                   'ENHANCEDSTATUSCODES']
         for form in 'AUTH ', 'AUTH=':       # the second: before RFC 2554
-            offers.append(form + ' '.join(self.session.mechanisms))
-        if self.limits.tls and not self.client.secure:
+            offers.append(form + ' '.join(self._session.mechanisms))
+        if self._limits.tls and not self.client.secure:
             offers.append('STARTTLS')
-        self.reply(250, *offers)
+        self._reply(250, *offers)
 
-    def say_hello(self, name, extended):
+    def _say_hello(self, name, extended):
         """Any name will do, and none (RFC 5321 4.1.4): it is a device."""
-        self.forget()
-        self.session.hello(name)
+        self._forget()
+        self._session.hello(name)
         self.client.hello, self.client.extended = name, extended
 
-    def do_MAIL(self, argument):
-        if self.sender is not None:
-            raise Refused(503, '5.5.1 one mail at a time')
-        sender, parameters = parse_path(
-            self.after('FROM', argument), '5.1.7')
-        if int(parameters.get('SIZE') or 0) > self.limits.maxsize:
-            raise self.too_large()
-        self.session.mail(sender, parameters)
-        self.sender, self.parameters = sender, parameters
-        self.hushed = False
-        self.reply(250, '2.1.0 sender ok')
+    def _do_NOOP(self, _):
+        self._reply(250, '2.0.0 ok')
 
-    def do_RCPT(self, argument):
-        if self.sender is None:
-            raise Refused(503, '5.5.1 MAIL comes first')
-        recipient, _ = parse_path(self.after('TO', argument), '5.1.3')
-        if not recipient:
-            raise Refused(550, '5.1.3 a recipient needs an address')
-        if len(self.recipients) >= RECIPIENTS:
-            raise Refused(452, '4.5.3 %d recipients a mail' % RECIPIENTS)
-        self.session.rcpt(recipient)
-        self.recipients.append(recipient)
-        self.reply(250, '2.1.5 recipient ok')
+    def _do_VRFY(self, _):
+        self._reply(252, '2.1.5 send it and see')
 
-    @staticmethod
-    def after(word, argument):
-        """What follows 'FROM:' in all its spellings."""
-        said, colon, path = argument.partition(':')
-        if said.strip().upper() != word or not colon:
-            raise Refused(501, '5.5.4 %s:<address> is missing' % word)
-        return path
-
-    def do_DATA(self, argument):
-        if not self.recipients:
-            raise Refused(503, '5.5.1 no valid recipients')
-        receiver = self.session.data(
-            self.sender, self.recipients, self.parameters)
-        try:
-            yield from self.take_mail(receiver)
-        except BaseException as error:
-            self.call(receiver.abort)
-            if isinstance(error, (Goodbye, Gone)):
-                log.warning('%s: the mail from <%s> was never completed, '
-                            'nothing of it is kept: %s', self.client,
-                            self.sender, error)
-            raise
-        finally:
-            self.forget()
-        self.errors = 0
-        # It is safe: the client must not send it again, whatever fails now.
-        self.reply(250, self.call(receiver.accepted) or '2.0.0 accepted')
-
-    def take_mail(self, receiver):
-        """The bytes of one mail into receiver. After an error the rest is
-        read and thrown away, then the error raised."""
-        self.reply(354, 'end with <CRLF>.<CRLF>')
-        reader, last_step = DataReader(), SYNC
-        try:
-            if self.input:
-                reader.feed(self.input)
-            while reader.rest is None:
-                if reader.amount >= CHUNK:
-                    receiver.write(self.next_piece(reader))
-                    yield AWAY
-                    receiver.flush()
-                    last_step = AWAY        # others need not wait for it
-                reader.feed((yield from self.receive()))
-            receiver.write(self.next_piece(reader))
-            yield last_step
-            receiver.seal()
-            yield last_step
-            receiver.commit()
-        except (Goodbye, Gone, GeneratorExit):
-            raise
-        except BaseException:
-            while reader.rest is None:
-                reader.take()
-                reader.feed((yield from self.receive()))
-            raise
-        finally:
-            self.input = reader.rest or b''
-        yield BACK
-
-    def next_piece(self, reader):
-        if reader.size > self.limits.maxsize:
-            raise self.too_large()
-        return reader.take()
-
-    def too_large(self):
-        return Refused(552, '5.3.4 a mail may have %d bytes'
-                       % self.limits.maxsize)
-
-    def do_RSET(self, _):
-        self.forget()
-        self.reply(250, '2.0.0 ok')
-
-    def forget(self):
-        self.sender = self.parameters = None
-        self.recipients = []
-        self.call(self.session.reset)
-
-    def do_NOOP(self, _):
-        self.reply(250, '2.0.0 ok')
-
-    def do_VRFY(self, _):
-        self.reply(252, '2.1.5 send it and see')
-
-    def do_EXPN(self, _):
+    def _do_EXPN(self, _):
         raise Refused(502, '5.5.1 no lists here')
 
-    def do_HELP(self, _):
-        self.reply(214, '2.0.0 ' + ' '.join(VERBS))
+    def _do_HELP(self, _):
+        self._reply(214, '2.0.0 ' + ' '.join(VERBS))
 
-    def do_QUIT(self, _):
-        self.leaving = True
-        self.reply(221, '2.0.0 bye')
+    def _do_QUIT(self, _):
+        self._leaving = True
+        self._reply(221, '2.0.0 bye')
 
-    def do_STARTTLS(self, _):
-        if not self.limits.tls or self.client.secure:
+    # TLS and login.
+
+    def _do_STARTTLS(self, _):
+        if not self._limits.tls or self.client.secure:
             raise Refused(502, '5.5.1 no TLS to be had')
-        self.reply(220, '2.0.0 go ahead')
-        yield from self.flush()
+        self._reply(220, '2.0.0 go ahead')
+        yield from self._flush()
         # What came in clear text behind the command could be anybody's, and
         # so could the name (RFC 3207 section 4.2; CVE-2011-0411).
-        self.input = b''
-        self.forget()
+        self._input = b''
+        self._forget()
         self.client.hello = self.client.user = None
-        yield from self.secure(self.limits.tls)
+        yield from self._secure(self._limits.tls)
 
-    def do_AUTH(self, argument):
+    def _do_AUTH(self, argument):
         if self.client.user is not None:
             raise Refused(503, '5.5.1 already signed in')
-        if self.sender is not None:
+        if self._sender is not None:
             raise Refused(503, '5.5.1 not during a mail')
         mechanism, _, initial = argument.partition(' ')
-        if mechanism.upper() not in self.session.mechanisms:
+        if mechanism.upper() not in self._session.mechanisms:
             raise Refused(504, '5.5.4 AUTH takes '
-                          + ' or '.join(self.session.mechanisms))
-        ask = getattr(self, 'auth_' + mechanism.lower())
+                          + ' or '.join(self._session.mechanisms))
+        ask = getattr(self, '_auth_' + mechanism.lower())
         user, password = yield from ask(initial.strip())
-        yield AWAY
+        yield OFFLOAD
         try:
-            self.session.auth(user, password)
+            self._session.auth(user, password)
         except Refused:
-            yield from self.pause(AUTH_PAUSE)       # no guessing by the score
+            yield from self._pause(AUTH_PAUSE)      # no guessing by the score
             raise
-        self.client.user, self.hushed = user, False
-        self.reply(235, '2.7.0 signed in')
+        self.client.user, self._hushed = user, False
+        self._reply(235, '2.7.0 signed in')
+        yield RESUME
 
-    def auth_plain(self, initial):
+    def _auth_plain(self, initial):
         """RFC 4616; returns (user, password)."""
         answer = decode64(initial) if initial else (
-            yield from self.challenge(''))
+            yield from self._challenge(''))
         if answer.count('\0') != 2:
             raise Refused(501, '5.5.2 that is not AUTH PLAIN')
         return answer.split('\0')[1:]
 
-    def auth_login(self, initial):
+    def _auth_login(self, initial):
         """Old clients compare these challenges letter by letter."""
         user = decode64(initial) if initial else (
-            yield from self.challenge('VXNlcm5hbWU6'))
-        return user, (yield from self.challenge('UGFzc3dvcmQ6'))
+            yield from self._challenge('VXNlcm5hbWU6'))
+        return user, (yield from self._challenge('UGFzc3dvcmQ6'))
 
-    def auth_xoauth2(self, initial):
+    def _auth_xoauth2(self, initial):
         """That of Google and Microsoft; returns (user, token)."""
         answer = decode64(initial) if initial else (
-            yield from self.challenge(''))
+            yield from self._challenge(''))
         match = re.fullmatch('user=(.*)\1auth=Bearer (.*)\1\1', answer)
         if not match:
             raise Refused(501, '5.5.2 that is not AUTH XOAUTH2')
         return match.groups()
 
-    def challenge(self, text):
+    def _challenge(self, text):
         """Asks; returns the decoded answer. The blank behind 334 is needed
         by clients that wait for a line whose fourth byte is one."""
-        self.reply(334, text)
-        answer = yield from self.read_line(AUTH_LINE)
+        self._reply(334, text)
+        answer = yield from self._read_line(AUTH_LINE)
         if answer.strip() == '*':
             raise Refused(501, '5.7.0 cancelled')
         return decode64(answer)
 
+    # A mail.
+
+    def _do_MAIL(self, argument):
+        if self._sender is not None:
+            raise Refused(503, '5.5.1 one mail at a time')
+        sender, parameters = parse_path(after('FROM', argument), '5.1.7')
+        self._check_size(int(parameters.get('SIZE') or 0))
+        self._session.mail(sender, parameters)
+        self._sender, self._parameters = sender, parameters
+        self._hushed = False
+        self._reply(250, '2.1.0 sender ok')
+
+    def _do_RCPT(self, argument):
+        if self._sender is None:
+            raise Refused(503, '5.5.1 MAIL comes first')
+        recipient, _ = parse_path(after('TO', argument), '5.1.3')
+        if not recipient:
+            raise Refused(550, '5.1.3 a recipient needs an address')
+        if len(self._recipients) >= RECIPIENTS:
+            raise Refused(452, '4.5.3 %d recipients a mail' % RECIPIENTS)
+        self._session.rcpt(recipient)
+        self._recipients.append(recipient)
+        self._reply(250, '2.1.5 recipient ok')
+
+    def _check_size(self, size):
+        if size > self._limits.maxsize:
+            raise Refused(552, '5.3.4 a mail may have %d bytes'
+                          % self._limits.maxsize)
+
+    def _do_RSET(self, _):
+        self._forget()
+        self._reply(250, '2.0.0 ok')
+
+    def _forget(self):
+        self._sender = self._parameters = None
+        self._recipients = []
+        self._call(self._session.reset)
+
+    def _do_DATA(self, _):
+        if not self._recipients:
+            raise Refused(503, '5.5.1 no valid recipients')
+        message = self._session.data(
+            self._sender, self._recipients, self._parameters)
+        self._reply(354, 'end with <CRLF>.<CRLF>')
+        reader = DataReader()
+        try:
+            text = yield from self._take_mail(message, reader)
+        except BaseException as error:
+            yield from self._give_up(message, reader, error)
+            raise
+        finally:
+            self._input = reader.rest or b''
+            self._forget()
+        self._errors = 0
+        self._reply(250, str(text or '2.0.0 accepted'))
+
+    def _take_mail(self, message, reader):
+        """The bytes of a mail into message; returns the text of the 250."""
+        if self._input:
+            reader.feed(self._input)
+        last_steps = COMMIT
+        while reader.rest is None:
+            if reader.amount < CHUNK:
+                reader.feed((yield from self._receive()))
+                continue
+            last_steps = OFFLOAD        # no small mail waits for its sync
+            yield OFFLOAD
+            self._write_large(message, reader)
+            if reader.rest is None:
+                reader.feed((yield from self._receive()))
+        self._check_size(reader.size)
+        yield last_steps
+        message.write(reader.take())
+        message.seal()
+        yield last_steps
+        text = message.commit()
+        yield RESUME
+        return text
+
+    def _write_large(self, message, reader):
+        """By a worker: writes what is there, and on while more is there at
+        once: to change threads for each piece costs a third of the speed.
+        Ends when there is no more, its turn is over or the server stops."""
+        for _ in range(TURN):
+            self._check_size(reader.size)
+            message.write(reader.take())
+            while reader.amount < CHUNK:
+                data = None if self._server.stopping else self._receive_now()
+                if data:
+                    reader.feed(data)
+                if not data or reader.rest is not None:
+                    return
+
+    def _give_up(self, message, reader, error):
+        """The mail will not be completed. What still comes of it is thrown
+        away: it must not be taken for commands."""
+        if isinstance(error, GeneratorExit):    # Python's: may not wait
+            self._call(message.abort)
+            return
+        yield OFFLOAD
+        self._call(message.abort)
+        yield RESUME
+        if isinstance(error, (Closing, Disconnected)):
+            log.warning('%s: the mail from <%s> was never completed, nothing '
+                        'of it is kept: %s', self.client, self._sender, error)
+            return
+        while reader.rest is None:
+            reader.take()
+            reader.feed((yield from self._receive()))
+
 
 # --- Server: sockets and threads --------------------------------------------
+
+class DiskThread:
+    """Does the steps that wait for the disk, as a group commit: all mails
+    that wait take one step before any takes the next. hand_back: callable([(a
+    connection, what its next step waits for)])."""
+
+    def __init__(self, hand_back):
+        self._hand_back = hand_back
+        self._waiting = queue.SimpleQueue()     # connections; None: the end
+        self._thread = threading.Thread(
+            target=self._run, name='smtp-disk', daemon=True)
+
+    def start(self):
+        """Raises RuntimeError."""
+        self._thread.start()
+
+    def submit(self, connection):
+        self._waiting.put(connection)
+
+    def close(self):
+        self._waiting.put(None)
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _run(self):
+        for connection in iter(self._waiting.get, None):
+            self._commit([connection] + [
+                self._waiting.get() for _ in range(self._waiting.qsize())])
+
+    def _commit(self, group):
+        while group:
+            steps = [(c, c.resume()) for c in group]
+            group = [c for c, want in steps if want == COMMIT]
+            self._hand_back([step for step in steps if step[1] != COMMIT])
+
+
+class WorkerPool:
+    """Does the steps that may take long otherwise, in up to WORKERS threads:
+    one more is started when all have something to do. hand_back: see
+    DiskThread. The lock guards _unfinished; all else is submit()'s, which the
+    event loop calls, and close()'s, when that has ended."""
+
+    def __init__(self, hand_back):
+        self._hand_back = hand_back
+        self._waiting = queue.SimpleQueue()     # connections; None: the end
+        self._lock = threading.Lock()
+        self._threads, self._unfinished = [], 0
+        self._is_short = False          # the log has it
+
+    def submit(self, connection):
+        with self._lock:
+            if len(self._threads) <= min(self._unfinished, WORKERS - 1):
+                self._start_thread()
+            if self._threads:
+                self._unfinished += 1
+                self._waiting.put(connection)
+                return
+        # This box has no thread for us: clients wait for each other.
+        self._hand_back([(connection, connection.resume())])
+
+    def _start_thread(self):
+        """One more, if it can be had."""
+        thread = threading.Thread(target=self._run, daemon=True,
+                                  name='smtp-%d' % (len(self._threads) + 1))
+        try:
+            thread.start()
+            self._threads.append(thread)
+            self._is_short = False
+        except RuntimeError as error:
+            if not self._is_short:
+                log.warning('no more threads: %s; clients wait for each other',
+                            error)
+            self._is_short = True
+
+    def _run(self):
+        for connection in iter(self._waiting.get, None):
+            want = connection.resume()
+            with self._lock:
+                self._unfinished -= 1
+            self._hand_back([(connection, want)])
+
+    def close(self):
+        for _ in self._threads:
+            self._waiting.put(None)
+        for thread in self._threads:
+            thread.join()
+
 
 class Server:
     """Listens, and serves every client that it has room for.
 
     make_session: callable(Client) -> Session; limits: Limits, read anew for
-    each client, so that it may be replaced while the server runs."""
+    each client; both may be replaced while the server runs. hostname: str,
+    its name in replies. listeners: the sockets; stopping: bool."""
 
     def __init__(self, make_session=Session, limits=Limits(), hostname=None):
         self.make_session, self.limits = make_session, limits
         self.hostname = hostname or socket.gethostname()
-        self.listeners = []
-        self._desk = threading.Thread(
-            target=self._attend, name='smtp-desk', daemon=True)
-        self._clerk = threading.Thread(
-            target=self._file_mails, name='smtp-disk', daemon=True)
-        # What the threads talk by. While it runs all else is the desk's.
-        self._slow = queue.SimpleQueue()    # connections; None: go home
-        self._sync = queue.SimpleQueue()    # the same, for the clerk
-        self._back = collections.deque()    # (connection, what it waits for)
-        self._asleep = False                # somebody has to ring
-        self._bell, self._ringer = socket.socketpair()
+        self.listeners, self.stopping = [], False
+        self._loop = threading.Thread(
+            target=self._run, name='smtp-loop', daemon=True)
+        self._disk = DiskThread(self._hand_back)
+        self._workers = WorkerPool(self._hand_back)
+        # How a conversation comes back to the event loop.
+        self._handed_back = collections.deque()     # (connection, want)
+        self._asleep = False                # somebody has to wake it
+        self._wake_up, self._waker = socket.socketpair()
 
         self._selector = selectors.DefaultSelector()
-        self._look_round = FOREVER          # when somebody may be silent
         self._connections = set()
-        self._team, self._given = [], 0     # threads; steps given to them
-        self._short_of_threads = self._stopping = False
+        self._next_expiry = FOREVER         # when one may be idle for too long
         self._spare = open(os.devnull, 'rb', 0)
 
     def listen(self, host, port, tls=False):
@@ -949,7 +1143,7 @@ class Server:
             port = port or sock.getsockname()[1]
             self.listeners.append(sock)
             self._selector.register(sock, READ, functools.partial(
-                self._welcome, sock, tls))
+                self._accept, sock, tls))
 
     @staticmethod
     def _bind(family, address, port):
@@ -971,93 +1165,121 @@ class Server:
     def start(self):
         """Serves from now on, in threads of its own. Raises RuntimeError if
         they can't be had; then stop() is needed as well."""
-        self._selector.register(self._bell, READ, functools.partial(
-            self._bell.recv, 64))
-        self._clerk.start()
-        self._desk.start()
+        self._selector.register(self._wake_up, READ, functools.partial(
+            self._wake_up.recv, 64))
+        self._disk.start()
+        self._loop.start()
 
     def stop(self, grace=8.0):
         """No new clients; who is between the final dot and the 250 gets it,
         within grace seconds; all others a 421. Returns when done."""
-        if self._stopping:
+        if self.stopping:
             return
-        self._stopping = True
-        self._ringer.send(b'.')
-        if self._desk.is_alive():           # else it was never started
-            self._desk.join(grace)
+        self.stopping = True
+        self._waker.send(b'.')
+        if self._loop.is_alive():           # else it was never started
+            self._loop.join(grace)
         for sock in self.listeners:
             sock.close()
-        if self._desk.is_alive():
+        if self._loop.is_alive():
             return              # past its grace, it still needs the rest
-        self._sync.put(None)
-        for _ in self._team:
-            self._slow.put(None)
-        for thread in self._team + [self._clerk]:
-            if thread.is_alive():
-                thread.join()
-        for thing in self._bell, self._ringer, self._spare, self._selector:
+        self._disk.close()
+        self._workers.close()
+        for thing in self._wake_up, self._waker, self._spare, self._selector:
             thing.close()
 
-    # The clerk and the team.
-
-    def _file_mails(self):
-        """The life of the clerk: takes all that waits as a group."""
-        for connection in iter(self._sync.get, None):
-            self._try(self._file_group, [connection] + [
-                self._sync.get() for _ in range(self._sync.qsize())])
-
-    def _file_group(self, group):
-        """All take one step before any takes the next."""
-        while group:
-            steps = [(c, c.proceed()) for c in group]
-            group = [c for c, want in steps if want == SYNC]
-            self._bring_back([step for step in steps if step[1] != SYNC])
-
-    def _hire(self):
-        """One more thread, if it can be had."""
-        thread = threading.Thread(target=self._work, daemon=True,
-                                  name='smtp-%d' % (len(self._team) + 1))
-        try:
-            thread.start()
-            self._team.append(thread)
-            self._short_of_threads = False
-        except RuntimeError as error:
-            if not self._short_of_threads:
-                log.warning('no more threads: %s; clients wait for each other',
-                            error)
-            self._short_of_threads = True
-
-    def _work(self):
-        """The life of a thread of the team: steps that may block."""
-        for connection in iter(self._slow.get, None):
-            self._bring_back([(connection, connection.proceed())])
-
-    def _bring_back(self, steps):
-        self._back.extend(steps)
+    def _hand_back(self, steps):
+        """Called by the threads that have done them: [(connection, want)]."""
+        self._handed_back.extend(steps)
         if steps and self._asleep:
             self._asleep = False
-            self._ringer.send(b'.')
+            self._waker.send(b'.')
 
-    # At the desk.
+    # The event loop.
 
-    def _attend(self):
-        """The life of the thread at the desk."""
-        while self._connections or not self._stopping:
-            self._asleep = True         # first: who comes back now will ring
+    def _run(self):
+        while self._connections or not self.stopping:
+            self._asleep = True     # first: who hands back now will wake us
             events = self._selector.select(
-                0 if self._back else self._leisure())
+                0 if self._handed_back else self._timeout())
             self._asleep = False
             for key, _ in events:
                 self._try(key.data)
-            while self._back:
-                connection, want = self._back.popleft()
-                self._given -= connection.away == AWAY
-                connection.away = None
-                self._try(self._go_on, connection, want)
-            if time.monotonic() >= self._look_round:
-                self._dismiss_the_silent()
-            if self._stopping:
+            while self._handed_back:
+                connection, want = self._handed_back.popleft()
+                connection.away = False
+                self._try(self._drive, connection, want)
+            if time.monotonic() >= self._next_expiry:
+                self._expire_idle()
+            if self.stopping:
                 self._close_up()
+
+    def _timeout(self):
+        """Seconds until a client may have been idle for too long."""
+        if not self._connections:
+            self._next_expiry = FOREVER
+        if self._next_expiry == FOREVER:
+            return None
+        return min(max(0.0, self._next_expiry - time.monotonic()), DAY)
+
+    @staticmethod
+    def _try(step, *arguments):
+        try:
+            step(*arguments)
+        except BaseException:           # without the loop nobody is served
+            log.exception('a client is lost by an error')
+
+    def _on_ready(self, connection, thrown=None):
+        """The client did what its conversation waits for; or thrown it is."""
+        if connection.away:
+            self._watch(connection, 0)          # heard when it is back
+        else:
+            self._drive(connection, connection.resume(thrown))
+
+    def _drive(self, connection, want):
+        """Brings a conversation to whoever does its next step. want: what
+        that waits for."""
+        while want == RESUME:
+            want = connection.resume()
+        connection.away = want in (OFFLOAD, COMMIT)
+        if want == OFFLOAD:
+            self._workers.submit(connection)
+        elif want == COMMIT:
+            self._disk.submit(connection)
+        elif want is None:
+            self._watch(connection, 0)
+            self._connections.discard(connection)
+            connection.close()
+        else:
+            self._next_expiry = min(self._next_expiry, connection.deadline)
+            self._watch(connection, want)
+
+    def _watch(self, connection, events):
+        """Has the selector look for READ or WRITE, or for neither."""
+        if events == connection.watched:
+            return
+        if connection.watched:
+            self._selector.unregister(connection.sock)
+            connection.watched = 0
+        if events:
+            self._selector.register(
+                connection.sock, events,
+                functools.partial(self._on_ready, connection))
+            connection.watched = events
+
+    def _idle(self):
+        """The connections that wait for their clients."""
+        return [c for c in self._connections if not c.away]
+
+    def _expire_idle(self):
+        now = time.monotonic()
+        for connection in self._idle():
+            if connection.deadline <= now:
+                self._try(self._on_ready, connection, IdleTimeout(
+                    '4.4.2 silent for %d seconds' % connection.patience))
+        self._next_expiry = min(
+            (c.deadline if c.deadline > now else now + c.patience
+             for c in self._connections), default=FOREVER)
 
     def _close_up(self):
         """Nobody comes in, and who waits for his client goes."""
@@ -1066,88 +1288,12 @@ class Server:
             self._selector.unregister(sock)
             sock.close()
         for connection in self._idle():
-            self._try(self._step, connection, Goodbye('4.3.2 shutting down'))
-
-    def _leisure(self):
-        """Seconds until somebody may have been silent for too long."""
-        if not self._connections:
-            self._look_round = FOREVER
-        if self._look_round == FOREVER:
-            return None
-        return min(max(0.0, self._look_round - time.monotonic()), DAY)
-
-    @staticmethod
-    def _try(step, *arguments):
-        try:
-            step(*arguments)
-        except BaseException:           # without a desk nobody is served
-            log.exception('a client is lost by an error')
-
-    def _step(self, connection, thrown=None):
-        """The client did what its connection waits for; or thrown it is."""
-        if connection.away:
-            self._watch(connection, 0)          # heard when it is back
-        else:
-            self._go_on(connection, connection.proceed(thrown))
-
-    def _go_on(self, connection, want):
-        """Until it has to wait. want: what its next step waits for."""
-        while want in (AWAY, SYNC, BACK):
-            if want != BACK and self._send_away(connection, want):
-                return
-            want = connection.proceed()
-        self._look_round = min(self._look_round, connection.deadline)
-        self._watch(connection, want if want in (READ, WRITE) else 0)
-        if want is DONE:
-            self._connections.discard(connection)
-            connection.close()
-
-    def _send_away(self, connection, want):
-        """Gives its next step to another thread; False if that must or may as
-        well be done here: alone, nobody waits but who comes just now."""
-        if len(self._connections) == 1:
-            return False
-        if want == SYNC:
-            self._sync.put(connection)
-        else:
-            if self._given >= len(self._team) < TEAM:
-                self._hire()
-            if not self._team:
-                return False
-            self._given += 1
-            self._slow.put(connection)
-        connection.away = want
-        return True
-
-    def _watch(self, connection, events):
-        """Has the selector look for READ or WRITE, or 0 for neither."""
-        if events == connection.watched:
-            return
-        if connection.watched:
-            self._selector.unregister(connection.sock)
-            connection.watched = 0
-        if events:
-            self._selector.register(connection.sock, events, connection.step)
-            connection.watched = events
-
-    def _idle(self):
-        """The connections that wait for their clients."""
-        return [c for c in self._connections if not c.away]
-
-    def _dismiss_the_silent(self):
-        now = time.monotonic()
-        for connection in self._idle():
-            if connection.deadline <= now:
-                self._try(self._step, connection, Silence(
-                    '4.4.2 silent for %d seconds' % connection.patience))
-        self._look_round = min(
-            (c.deadline if c.deadline > now else now + c.patience
-             for c in self._connections), default=FOREVER)
+            self._try(self._on_ready, connection,
+                      Closing('4.3.2 shutting down'))
 
     # New clients.
 
-    def _welcome(self, listener, tls):
-        """Accepts a client."""
+    def _accept(self, listener, tls):
         try:
             sock, peer = listener.accept()
         except (BlockingIOError, ConnectionError):
@@ -1155,29 +1301,27 @@ class Server:
         except OSError as error:
             self._turn_away(listener, error)
             return
-        address = peer[0].partition('%')[0]     # fe80::1%eth0
+        client = Client(peer[0].partition('%')[0], peer[1])    # fe80::1%eth0
         context = self.limits.tls if tls else None
-        refusal = self._refusal(address)
+        refusal = self._refusal(client.address)
         if tls and not context:         # never clear text where TLS is meant
             refusal = '421 4.7.0 this port has no certificate any more'
         if refusal:
-            log.warning('%s: refused: %s', address, refusal)
+            log.warning('%s: refused: %s', client.address, refusal)
             with contextlib.suppress(OSError, ValueError):
                 sock.send(b'%s\r\n' % refusal.encode())
             sock.close()
             return
         sock.setblocking(False)
         try:
-            connection = Connection(self, sock, (address, peer[1]),
-                                    context)
+            connection = Conversation(self, sock, client, context)
         except BaseException:
-            log.exception('%s: no session for this client', address)
+            log.exception('%s: no session for this client', client.address)
             sock.close()
             return
-        connection.step = functools.partial(self._step, connection)
         self._connections.add(connection)
-        log.debug('%s: connected', connection.client)
-        self._step(connection)
+        log.debug('%s: connected', client)
+        self._on_ready(connection)
 
     def _refusal(self, address):
         """The reply that keeps this address out, or None."""
@@ -1200,7 +1344,7 @@ class Server:
         idle = [c for c in self._idle() if c.client.address == greedy]
         if not idle:
             return False
-        self._step(min(idle, key=lambda c: c.deadline), Goodbye(
+        self._on_ready(min(idle, key=lambda c: c.deadline), Closing(
             '4.7.0 too many connections of yours, another client waits'))
         return True
 
@@ -1736,21 +1880,20 @@ class Printer(Session):
     def data(self, sender, recipients, parameters):
         print('--- from <%s> to %s, client %s' % (
             sender, ', '.join(recipients), self.client), flush=True)
-        return PrintedMail()
+        return PrintedMessage()
 
 
-class PrintedMail(Receiver):
+class PrintedMessage(Message):
 
     def __init__(self):
-        self.content = []
+        self._pieces = []
 
     def write(self, chunk):
-        self.content.append(chunk)
+        self._pieces.append(chunk)
 
-    def accepted(self):
-        text = b'\r\n' + b''.join(self.content)
-        print(text.replace(b'\r\n.', b'\r\n').replace(b'\r\n', b'\n').decode(
-            'utf-8', 'replace'), flush=True)
+    def commit(self):
+        text = unstuffed(b''.join(self._pieces)).replace(b'\r\n', b'\n')
+        print(text.decode('utf-8', 'replace'), flush=True)
         return '2.0.0 printed'
 
 

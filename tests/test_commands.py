@@ -324,14 +324,14 @@ class NoService(CommandCase):
         for arguments in (['--retry', self.id], ['--retry', 'all'],
                           ['--delete', self.id]):
             with self.subTest(arguments), mock.patch.object(
-                    smtpproxy.Mail, 'read', side_effect=AssertionError):
+                    smtpproxy.Mail, '_read', side_effect=AssertionError):
                 self.succeed(*arguments)
 
     def test_only_the_mail_that_is_shown_is_loaded(self):
         shutil.copy(self.path('msgs', self.id + '.mail'),
                     self.path('msgs', '00000000-00000.mail'))
-        with mock.patch.object(smtpproxy.Mail, 'read', autospec=True,
-                               side_effect=smtpproxy.Mail.read) as read:
+        with mock.patch.object(smtpproxy.Mail, '_read', autospec=True,
+                               side_effect=smtpproxy.Mail._read) as read:
             self.succeed('--show', self.id)
 
         self.assertEqual(1, read.call_count)

@@ -92,7 +92,7 @@ class ALibrary(unittest.TestCase):
         class Keeper(smtps.Session):
             def data(self, sender, recipients, parameters):
                 print('from', sender, 'to', recipients)
-                return smtps.Receiver()
+                return smtps.Message()
         server = smtps.Server(Keeper)
         server.listen('127.0.0.1', 0)
         server.start()
@@ -109,7 +109,7 @@ class ALibrary(unittest.TestCase):
         """The one that delivers, in the docstring of smtps.py."""
         text = smtps.__doc__
         start = text.index('    delivery = ')
-        text = textwrap.dedent(text[start:text.index('    Server ', start)])
+        text = textwrap.dedent(text[start:text.index('\nFor ', start)])
         return text.replace("'mail.example.org', 25", (
             "'127.0.0.1', server.listeners[0].getsockname()[1]"))
 

@@ -24,7 +24,8 @@ class Senders(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.enterPatch(mock.patch.object(smtpproxy.Intake, 'told', set()))
+        self.enterPatch(mock.patch.object(
+            smtpproxy.Admission, 'announced', set()))
 
     def enterPatch(self, patch):
         self.addCleanup(patch.stop)
@@ -223,7 +224,7 @@ class Header(ProxyCase):
 
     def test_names_count_in_any_case_and_only_in_the_header(self):
         header, _ = self.delivered(
-            b'DATE: x\r\nmessage-id : y\r\nFrOm: z\r\nX-Date: n\r\n'
+            b'From : z\r\nDATE: x\r\nmessage-id : y\r\nX-Date: n\r\n'
             b' From: folded\r\n\r\nDate: body\r\n')
 
         self.assertEqual((1, 1, 1), tuple(
@@ -368,6 +369,42 @@ class Promise(ProxyCase):
         client.command('MAIL FROM:<%s>' % SENDER)
         client.command('RCPT TO:<%s>' % A)
         return client.data(b'Subject: x\r\n\r\n' + b'x' * 70 + b'\r\n' * size)
+
+    def test_a_mail_that_is_safe_is_answered_250_whatever_fails_then(self):
+        """A 451 would bring it a second time."""
+        self.start()
+        for error in ValueError('on purpose'), SystemExit('on purpose'):
+            with self.subTest(error), mock.patch.object(
+                    self.proxy.relay, 'announce', side_effect=error):
+                id = self.submit()
+                self.assertLogged('ERROR', id, 'accepted', 'reload')
+        self.assertEqual(set(), self.proxy.spool.drafts)
+
+        self.proxy.reload()
+
+        self.upstream.wait(2)
+
+    def test_only_parameters_that_are_understood_are_handed_on(self):
+        """Issue 17: a strict server refuses others for good."""
+        self.start()
+        for said, on in ((b'BODY=8bitmime', ' BODY=8BITMIME'),
+                         (b'BODY=7BIT SMTPUTF8', ' BODY=7BIT'),
+                         (b'BODY=BINARYMIME', ''), (b'BODY', ''),
+                         (b'BODY=FOO SMTPUTF8=x', ''),
+                         (b'BODY=\xff SMTPUTF8=\xff', '')):
+            with self.subTest(said):
+                client = self.greeted()
+                client.send(b'MAIL FROM:<%s> %s\r\n' % (
+                    SENDER.encode(), said))
+                client.expect('250')
+                client.command('RCPT TO:<%s>' % A)
+                count = len(self.upstream.mails)
+                self.assertEqual(250, client.data(b'\r\nhello\r\n')[0])
+                self.upstream.wait(count + 1)
+                self.assertIn('MAIL FROM:<%s>%s' % (SENDER, on), (
+                    self.upstream.commands))
+                self.upstream.commands.clear()
+        self.assertEqual(set(), self.proxy.spool.drafts)
 
     def test_a_mail_that_is_broken_off_leaves_nothing(self):
         self.start()

@@ -73,7 +73,7 @@ class RelayCase(ProxyCase):
         draft.write(MAIL)
         draft.seal()
         draft.commit()
-        self.spool.drafts.discard(draft.id)
+        draft.release()
         self.relay.announce(draft.id, sender, draft.id + ': accepted')
         return draft.id
 

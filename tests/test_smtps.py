@@ -20,6 +20,7 @@ import resource
 import socket
 import struct
 import sys
+import textwrap
 import threading
 import time
 import unittest
@@ -65,7 +66,7 @@ def bytewise(data):
     return [data[i:i + 1] for i in range(len(data))]
 
 
-class Kept(smtps.Receiver):
+class Kept(smtps.Message):
     """A mail as it arrived: sender, to, parameters, client, content."""
 
     def __init__(self, case, client, sender, to, parameters):
@@ -77,6 +78,7 @@ class Kept(smtps.Receiver):
 
     def commit(self):
         self.case.mails.append(self)
+        return super().commit()
 
     def abort(self):
         self.case.aborted.append(self)
@@ -191,12 +193,16 @@ class ListenerCase(unittest.TestCase):
         return client
 
     def send_apart(self, client, data, cut):
-        """Sends data in two pieces that are not read at once: there is one
-        desk, so who is served later shows that the first piece was read."""
+        """Sends data in two pieces that are not read at once."""
         client.socket.sendall(data[:cut])
+        self.wait_for_the_loop()
+        client.socket.sendall(data[cut:])
+
+    def wait_for_the_loop(self):
+        """There is one event loop: who is served now shows that it has read
+        what was sent before."""
         with contextlib.closing(Client(self.address)) as other:
             other.expect('220')
-        client.socket.sendall(data[cut:])
 
     def assertServes(self):
         """Another client is served, mail and all."""
@@ -244,6 +250,31 @@ class ListenerCase(unittest.TestCase):
         for transcript, source in rows:
             with self.subTest(source, transcript=transcript):
                 self.converse_in_all_ways(transcript)
+
+
+# --- What a program gets ----------------------------------------------------
+
+class ALibrary(unittest.TestCase):
+
+    def example(self):
+        """The one that takes mail, in the docstring of smtps.py."""
+        text = smtps.__doc__
+        start = text.index('    import smtps\n')
+        text = text[start:text.index('\nTo deliver', start)]
+        return textwrap.dedent(text).replace("'', 2525", "'127.0.0.1', 0")
+
+    def test_the_example_of_the_manual_receives_mail(self):
+        known = {}
+        exec(self.example(), known)
+        self.addCleanup(known['server'].stop)
+        client = Client(known['server'].listeners[0].getsockname())
+        self.addCleanup(client.close)
+        client.expect('220')
+
+        client.converse(HELLO + DATA + 'C: Subject: x\nC:\nC: ..\nC: .')
+
+        client.expect('250 2.0.0 thank you')
+        self.assertEqual([b'Subject: x\r\n\r\n.\r\n'], known['mails'])
 
 
 # --- What devices say -------------------------------------------------------
@@ -319,6 +350,9 @@ class Dialects(ListenerCase):
         for words, source in (
                 ('BODY=7BIT', 'RFC 6152'), ('BODY=8BITMIME', 'RFC 6152'),
                 ('BODY=BINARYMIME', 'RFC 3030'), ('SIZE=0', 'RFC 1870'),
+                ('BODY=FOO', 'no RFC'), ('BODY', 'no value'),
+                ('BODY=\\xff\\x80', 'no letters'), ('SMTPUTF8=x', 'no RFC'),
+                ('SMTPUTF8=\\xff', 'no letters'),
                 ('SIZE', 'a keyword without value, simplesmtp#17'),
                 ('AUTH=<>', 'RFC 4954'), ('SMTPUTF8', 'RFC 6531'),
                 ('RET=HDRS ENVID=x', 'RFC 3461'), ('size=5', 'lower case'),
@@ -588,7 +622,7 @@ class Sequences(ListenerCase):
             self.assertEqual(1, client.read_until_closed().count(b'\n'))
 
     def test_hostile_commands_cost_no_time(self):
-        """A slow pattern would stop all clients: it runs at the desk."""
+        """A slow pattern would stop all clients: the event loop runs it."""
         for text in ('<' + ' ' * 2000, ' ' * 2000, '"' * 2001, '<' * 2000,
                      '<@' + ' ' * 1000 + '@:' * 500, '<"\\' * 700,
                      '<' + '"\\' * 1000, '<a> ' + 'SIZE=1 ' * 300,
@@ -650,10 +684,18 @@ class Addresses(unittest.TestCase):
                 with self.subTest(bad, written=written):
                     self.assertIsNone(self.accepted(written % bad))
 
-    def test_what_is_kept_of_the_parameters_can_be_kept(self):
-        for words in 'SMTPUTF8=x', 'SMTPUTF8=\udcff', 'BODY=<b>', 'BODY=\0':
+    def test_of_the_parameters_what_is_understood_is_kept(self):
+        """Issue 17: a strict server refuses the rest for good."""
+        for words, kept in (
+                ('BODY=7BIT SMTPUTF8', {'BODY': '7BIT', 'SMTPUTF8': ''}),
+                ('body=8bitmime', {'BODY': '8bitmime'}),
+                ('BODY=BINARYMIME', {}), ('BODY', {}), ('BODY=', {}),
+                ('BODY=FOO', {}), ('BODY=<b>', {}), ('BODY=\0', {}),
+                ('BODY=8B\u0131TMIME', {}), ('BODY=\udcff', {}),
+                ('SMTPUTF8=x', {}), ('SMTPUTF8=\udcff', {})):
             with self.subTest(words):
-                self.assertIsNone(self.accepted('<a@x> ' + words))
+                self.assertEqual(
+                    ('a@x', kept), smtps.parse_path('<a@x> ' + words, '5'))
 
 
 # --- Limits -----------------------------------------------------------------
@@ -673,6 +715,15 @@ class Limits(ListenerCase):
             (DATA + 'C: %s\nC: .\nS: 552 5.3.4\n%s' % (
                 'x' * 5000, QUIT), 'far too large')))
         self.assertEqual(6, len(self.aborted))
+
+    def test_a_large_mail_that_grows_too_large_is_read_to_its_end(self):
+        client = self.converse(HELLO + DATA)
+
+        client.send(b'x' * BIG + b'\r\n' + b'RSET\r\n' * 50000 + b'.\r\n')
+
+        client.expect('552 5.3.4')
+        self.converse(MAIL, client)
+        self.assertEqual(1, len(self.aborted))
 
     def test_a_mail_of_just_the_size_is_taken_however_it_is_split(self):
         content, client = b'x' * 998 + b'\r\n', self.converse(HELLO)
@@ -854,7 +905,7 @@ def reset(sock):
 # --- TLS --------------------------------------------------------------------
 
 class Waiting(Keeper):
-    """Stops the desk while a client says HELO wait."""
+    """Stops the event loop while a client says HELO wait."""
     asked, go_on = threading.Event(), threading.Event()
 
     def hello(self, name):
@@ -927,7 +978,7 @@ class TLS(ListenerCase):
         self.assertServes()
 
     def test_slow_handshakes_hold_up_nobody(self):
-        for _ in range(smtps.TEAM + 8):
+        for _ in range(smtps.WORKERS + 8):
             sock = socket.create_connection(self.tls_address, 10)
             self.addCleanup(sock.close)
             sock.sendall(b'\x16\x03\x01')
@@ -937,7 +988,7 @@ class TLS(ListenerCase):
     def test_a_reset_before_the_handshake_is_survived(self):
         """A port scan: the connection is gone when it is accepted."""
         for _ in range(3):
-            with self.subTest(), self.desk_occupied():
+            with self.subTest(), self.loop_occupied():
                 for data in b'', b'\x16\x03\x01':
                     sock = socket.create_connection(self.tls_address, 10)
                     sock.sendall(data)
@@ -946,7 +997,7 @@ class TLS(ListenerCase):
         self.assertServes()
 
     @contextlib.contextmanager
-    def desk_occupied(self):
+    def loop_occupied(self):
         client = self.client()
         client.send('HELO wait')
         self.assertTrue(Waiting.asked.wait(5))
@@ -973,7 +1024,7 @@ class TLS(ListenerCase):
         self.assertEqual(b'', client.socket.recv(10))
 
 
-# --- The clerk: mails that wait for the disk ---------------------------------
+# --- Mails that wait for the disk -------------------------------------------
 
 class Disk:
     """Notes who takes which step, and can be made to take long."""
@@ -994,10 +1045,10 @@ class OnDisk(Kept):
 
     def commit(self):
         self.case.disk.step('commit', self)
-        super().commit()
+        return super().commit()
 
 
-class Clerk(ListenerCase):
+class GroupCommit(ListenerCase):
 
     class SESSION(Keeper):
         MAIL = OnDisk
@@ -1014,8 +1065,7 @@ class Clerk(ListenerCase):
         return client
 
     def busy_with(self, content):
-        """The clerk has a mail in hand, and the disk takes long."""
-        self.client()                       # alone there is no need of him
+        """The disk has a mail in hand, and takes long."""
         self.disk.is_quick.clear()
         client = self.give(content)
         wait_until(lambda: self.disk.steps)
@@ -1024,7 +1074,7 @@ class Clerk(ListenerCase):
     def test_mails_that_wait_take_each_step_together(self):
         first = self.busy_with(b'1')
         others = [self.give(content) for content in (b'2', b'3')]
-        wait_until(lambda: self.server._sync.qsize() == 2)
+        self.wait_for_the_loop()
 
         self.disk.is_quick.set()
 
@@ -1044,6 +1094,66 @@ class Clerk(ListenerCase):
         self.disk.is_quick.set()
         first.expect('250')
 
+    @contextlib.contextmanager
+    def stuck(self, step):
+        """That step of a Message is begun and does not end."""
+        begun, goes_on = threading.Event(), threading.Event()
+        usual = getattr(OnDisk, step)
+
+        def wait(mail, *arguments):
+            begun.set()
+            goes_on.wait(10)
+            return usual(mail, *arguments)
+        with mock.patch.object(OnDisk, step, wait):
+            try:
+                yield begun
+            finally:
+                goes_on.set()
+
+    def test_a_disk_that_is_stuck_holds_up_no_other_client(self):
+        """Not even if there was no other when it got stuck."""
+        for step, size in (('write', 9), ('seal', 9), ('commit', 9),
+                           ('write', BIG), ('seal', BIG), ('commit', BIG)):
+            with self.subTest(step, size=size):
+                with self.stuck(step) as begun:
+                    client = self.give(b'x' * size)
+                    self.assertTrue(begun.wait(5))
+                    self.wait_for_the_loop()
+                client.expect('250')
+
+    def test_what_is_given_up_holds_up_no_other_client(self):
+        with self.stuck('abort') as begun:
+            client = self.converse(HELLO + DATA)
+            client.send(b'x' * BIG)
+            client.close()
+            self.assertTrue(begun.wait(5))
+            self.wait_for_the_loop()
+        wait_until(lambda: self.aborted)
+
+    def test_a_large_mail_is_whole_however_often_others_take_their_turn(self):
+        content = b''.join(b'%09d\r\n' % n for n in range(100000))
+        for turn in 1, 2, 1000:
+            with self.subTest(turn), mock.patch.object(smtps, 'TURN', turn):
+                self.give(content[:-2]).expect('250')
+                self.assertTrue(self.mails.pop().content == content)
+
+    def test_a_mail_without_end_does_not_keep_the_service_from_stopping(self):
+        client, sent = self.converse(HELLO + DATA), threading.Event()
+
+        def send():
+            with contextlib.suppress(OSError):
+                while True:
+                    client.socket.sendall(b'x' * BIG)
+                    sent.set()
+        threading.Thread(target=send, name='sender', daemon=True).start()
+        self.assertTrue(sent.wait(5))
+
+        begin = time.monotonic()
+        next(self.stop)
+
+        self.assertLess(time.monotonic() - begin, 4)
+        self.assertEqual(1, len(self.aborted))
+
     def test_a_small_mail_does_not_wait_for_the_sync_of_a_large_one(self):
         large = self.busy_with(b'L' * 10 * smtps.CHUNK)
         self.disk.steps.clear()
@@ -1056,18 +1166,19 @@ class Clerk(ListenerCase):
         small.expect('250')
         large.expect('250')
 
-    def test_a_mail_in_the_clerks_hands_survives_a_stop(self):
+    def test_a_mail_that_the_disk_has_in_hand_survives_a_stop(self):
         first = self.busy_with(b'1')
         stopping = threading.Thread(target=next, args=(self.stop, None),
                                     name='stop')
         stopping.start()
-        wait_until(lambda: self.server._stopping)
+        wait_until(lambda: not self.server.listeners)
 
         self.disk.is_quick.set()
 
         first.expect('250')
         stopping.join(5)
-        self.assertFalse(self.server._clerk.is_alive())
+        self.assertFalse([thread for thread in threading.enumerate()
+                          if thread.name == 'smtp-disk'])
 
 
 # --- Hooks that fail --------------------------------------------------------
@@ -1105,9 +1216,9 @@ class Faulty(Keeper):
 
     def data(self, sender, recipients, parameters):
         self.fail('data')
-        receiver = super().data(sender, recipients, parameters)
-        receiver.fail = self.fail
-        return receiver
+        message = super().data(sender, recipients, parameters)
+        message.fail = self.fail
+        return message
 
 
 class FaultyMail(Kept):
@@ -1122,11 +1233,7 @@ class FaultyMail(Kept):
 
     def commit(self):
         self.fail('commit')
-        super().commit()
-
-    def accepted(self):
-        self.fail('accepted')
-        return super().accepted()
+        return super().commit()
 
     def abort(self):
         super().abort()
@@ -1170,15 +1277,21 @@ class Hooks(ListenerCase):
         self.assertServes()
 
     def test_a_mail_that_is_safe_is_accepted_whatever_fails_then(self):
-        for error in (ValueError('on purpose'),
+        for error in (ValueError('on purpose'), SystemExit('on purpose'),
                       smtps.Refused(554, '5.0.0 on purpose')):
             with self.subTest(error=error):
-                Faulty.fault = {'accepted': error}
+                Faulty.fault = {'reset': error}
 
                 self.converse(HELLO + MAIL)
 
                 self.assertEqual([], self.aborted)
         Faulty.fault = {}
+
+    def test_a_mail_that_is_safe_is_accepted_whatever_its_text(self):
+        for text in None, '', 7, '2.0.0 \udcff', '2.0.0 grün':
+            with self.subTest(text=text), mock.patch.object(
+                    FaultyMail, 'commit', lambda mail, text=text: text):
+                self.converse(HELLO + DATA + END)
 
     def test_another_exception_is_answered_451_and_logged(self):
         for hook, _ in self.STEPS:
@@ -1191,13 +1304,11 @@ class Hooks(ListenerCase):
         self.assertServes()
 
     def test_not_even_an_exit_ends_more_than_the_command(self):
-        """With another client there, other threads than the desk do it."""
-        for hook, _ in self.STEPS * 2:
+        for hook, _ in self.STEPS:
             for error in SystemExit, KeyboardInterrupt, Thrown:
                 with self.subTest(hook, error=error):
                     fault = {hook: error('on purpose')}
                     self.assertEqual(451, self.replies(fault)[hook])
-            self.client()
         self.assertLogged('ERROR', '451')
         self.assertEqual([], self.mails)
         self.assertServes()
@@ -1471,10 +1582,10 @@ class DataReader(unittest.TestCase):
         for piece in b'x' * 65536, b'x\r\n' * 20000, b'\r' * 65536, (
                 b'\n' * 65536), b'.' * 65536:
             reader = smtps.DataReader()
-            for _ in range(20):
+            for fed in range(len(piece), 20 * len(piece), len(piece)):
                 reader.feed(piece)
                 reader.take()
-                self.assertLess(len(reader.held), 2 * smtps.LONG_LINE)
+                self.assertLess(fed - reader.size, 2 * smtps.LONG_LINE)
 
 
 if __name__ == '__main__':

@@ -129,7 +129,7 @@ class ByOAuth(TrialCase):
     def sign_in(self):
         settings = smtpproxy.load(self.path('smtpproxy.ini'))
         grant, = smtpproxy.Grants(settings)
-        smtpproxy.Spool.make_folder(grant.file.folder)
+        smtpproxy.make_folder(grant.file.folder)
         with self.tokens.changed:
             grant.store(self.tokens.issue())
         return grant
