@@ -209,12 +209,14 @@ class DataReader:
     Only CRLF.CRLF ends a mail (RFC 5321 4.1.1.4). CR CR LF, a bare LF and a
     bare CR inside become CRLF, and a line that is then a single dot is sent
     as two: whatever another server takes for an end of data, it will not
-    find it in a mail of ours (SMTP smuggling, CVE-2023-51764).
+    find it in a mail of ours (SMTP smuggling, CVE-2023-51764). No client
+    doubles a dot behind a bare CR, which is no line end for it: we do.
 
     size: int, bytes seen of the mail; rest: None, or the bytes behind it."""
 
     END = b'\r\n.\r\n'
     LINE_END = re.compile(rb'\r{0,2}\n|\r')
+    DATA_LINE_END = re.compile(rb'\r{0,2}\n|\r(\.?)')
     # There are servers that drop NUL before they look. More than 199 of them
     # at the start of a line are cut, so that a line of nothing but NUL and a
     # dot is never so long that it is let go in pieces.
@@ -277,7 +279,7 @@ class DataReader:
                 and b'\0' not in piece and not piece.endswith(b'\n.')):
             return piece
         return self.LONE_DOT.sub(
-            b'\r\n.', self.LINE_END.sub(b'\r\n', piece))
+            b'\r\n.', self.DATA_LINE_END.sub(rb'\r\n\1\1', piece))
 
 
 # --- Wire: addresses, headers and bytes, for both ends ----------------------
