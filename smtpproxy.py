@@ -2015,13 +2015,15 @@ def envelope_sender(mail, account):
 
 
 def envelope_of(mail, account):
-    """The smtps.Envelope of mail as this account sends it."""
-    parameters = {}
-    if 'BODY' in mail.parameters:
-        parameters['BODY'] = mail.parameters['BODY']
-    if 'SMTPUTF8' in mail.parameters and not mail.header().isascii():
-        parameters['SMTPUTF8'] = ''
-    return smtps.Envelope(envelope_sender(mail, account), mail.to, parameters)
+    """The smtps.Envelope of mail as this account sends it. A recipient who
+    is named twice gets it once."""
+    parameters = mail.parameters
+    if 'SMTPUTF8' in parameters and mail.header().isascii():
+        parameters = {keyword: value for keyword, value in
+                      parameters.items() if keyword != 'SMTPUTF8'}
+    return smtps.Envelope(
+        envelope_sender(mail, account), list(dict.fromkeys(mail.to)),
+        parameters, mail.dot - len(b'.\r\n') - mail.start)
 
 
 def dress(mail, account):

@@ -1215,6 +1215,7 @@ DOT_TIME = 600          # seconds; RFC 5321 4.5.3.2.6: no second copies
 QUIT_TIME = 5           # seconds for a goodbye that nothing depends on
 REPLY_SIZE = 65536      # bytes of a whole reply
 
+BODIES = '7BIT', '8BITMIME'     # RFC 6152; what we can say of a mail
 NOT_ASKED = 503, 'not asked for'
 
 
@@ -1224,18 +1225,21 @@ class ServiceUnavailable(OSError):
 
 
 class Envelope(NamedTuple):
-    """sender: str, '' for the null sender; recipients: list of str, both
-    bare addresses; parameters of MAIL: dict of upper-case keyword -> str. BODY
-    goes along if the server offers 8BITMIME. SMTPUTF8 says that the header
-    needs it; that an address does is seen."""
+    """sender: str, '' for the null sender; recipients: list of str, each one
+    once; all are bare addresses. parameters of MAIL: dict of upper-case
+    keyword -> str; those that we understand (BODY=7BIT, BODY=8BITMIME,
+    SMTPUTF8) go along to a server that offers them. size: bytes of the
+    message, 0 if not known."""
     sender: str
     recipients: list
     parameters: dict = {}
+    size: int = 0
 
     def needs_utf8(self):
-        """RFC 6531: something that only an SMTPUTF8 server understands."""
-        return 'SMTPUTF8' in self.parameters or not (
-            self.sender + ''.join(self.recipients)).isascii()
+        """RFC 6531: an address that only an SMTPUTF8 server understands. No
+        header is a reason to refuse a mail: many clients ask for SMTPUTF8
+        wherever it is offered, and servers take raw UTF-8 there."""
+        return not (self.sender + ''.join(self.recipients)).isascii()
 
 
 class FilePart(NamedTuple):
@@ -1451,9 +1455,9 @@ class Delivery:
         if not self.connected:
             raise OSError('the connection is closed')
         report = Report(envelope.recipients)
-        if not self._understands(envelope):
-            report.settle_all(550, '5.6.7 needs SMTPUTF8, which %s:%d does '
-                              'not offer' % (self._host, self._port))
+        refusal = self._refusal_of(envelope)
+        if refusal:
+            report.settle_all(*refusal)
             return report
         replies = self._begin(envelope)
         try:
@@ -1469,9 +1473,16 @@ class Delivery:
             raise
         return report
 
-    def _understands(self, envelope):
-        return (not envelope.needs_utf8()
-                or self.offers('smtputf8') is not None)
+    def _refusal_of(self, envelope):
+        """(code, text) if the server need not be asked, else None."""
+        if envelope.needs_utf8() and self.offers('smtputf8') is None:
+            return 550, '5.6.7 needs SMTPUTF8, which %s:%d does not offer' % (
+                self._host, self._port)
+        largest = self.offers('size') or ''     # 0: it has no limit
+        if largest.isdecimal() and 0 < int(largest) < envelope.size:
+            return 552, '5.3.4 it has %d bytes, %s:%d takes %s at most' % (
+                envelope.size, self._host, self._port, largest)
+        return None
 
     def _begin(self, envelope):
         """MAIL, RCPT, DATA; returns the replies: MAIL's, a list of RCPT's,
@@ -1507,18 +1518,26 @@ class Delivery:
 
     def _commands(self, envelope):
         """The envelope as command lines (bytes): MAIL, [RCPT], DATA."""
-        mail = 'MAIL FROM:<%s>' % envelope.sender
-        body = envelope.parameters.get('BODY')
-        if body is not None and self.offers('8bitmime') is not None:
-            mail += ' BODY=' + body.upper()
-        if envelope.needs_utf8():
-            mail += ' SMTPUTF8'
+        mail = 'MAIL FROM:<%s>' % envelope.sender + self._parameters(envelope)
         lines = [mail] + ['RCPT TO:<%s>' % address
                           for address in envelope.recipients]
         if any('\r' in line or '\n' in line for line in lines):
             raise ValueError('an address with a line end')
         mail, *recipients = [line.encode() + b'\r\n' for line in lines]
         return mail, recipients, b'DATA\r\n'
+
+    def _parameters(self, envelope):
+        """What goes behind the sender (str)."""
+        words, asked = '', envelope.parameters
+        body = asked.get('BODY', '').upper()
+        if body in BODIES and self.offers('8bitmime') is not None:
+            words += ' BODY=' + body
+        if envelope.needs_utf8() or asked.get('SMTPUTF8') == '' and (
+                self.offers('smtputf8') is not None):
+            words += ' SMTPUTF8'
+        if envelope.size and self.offers('size') is not None:
+            words += ' SIZE=%d' % envelope.size
+        return words
 
     @staticmethod
     def _wants_content(report, mail, recipients, data):
@@ -1560,7 +1579,7 @@ class Delivery:
         if following is None or self.offers('pipelining') is None:
             return b''
         envelope = following()
-        if envelope is None or not self._understands(envelope):
+        if envelope is None or self._refusal_of(envelope):
             return b''
         packet, self._under_way = self._packet(envelope), envelope
         return packet

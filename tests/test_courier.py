@@ -618,7 +618,19 @@ class Content(CourierCase):
                 self.assertSent(self.deliver(self.courier(smtp), mail),
                                 *mail.to)
 
-                self.assertEqual(parameters, smtp.mails[0].parameters)
+                self.assertEqual(
+                    dict(parameters, SIZE='%d' % len(smtp.mails[0].data)),
+                    smtp.mails[0].parameters)
+
+    def test_a_recipient_who_is_named_twice_gets_the_mail_once(self):
+        """One verdict each: 250 and 550 for the same one would park what has
+        arrived."""
+        smtp = self.smtp({'RCPT TO:<a@': ['250 2.1.5 ok', '550 5.5.0 again']})
+
+        report = self.deliver(self.courier(smtp), self.mail(to=[A, B, A]))
+
+        self.assertSent(report, A, B)
+        self.assertEqual([A, B], smtp.mails[0].to)
 
 
 class Connections(CourierCase):

@@ -221,6 +221,22 @@ class Content(DeliveryCase):
 
                 self.assertEqual(expected, self.server.mails[0].parameters)
 
+    def test_nothing_that_a_client_made_up_is_handed_on(self):
+        """A strict server refuses it for good."""
+        for parameters, expected in (
+                ({'BODY': '7bit'}, {'BODY': '7BIT'}),
+                ({'BODY': 'BINARYMIME'}, {}), ({'BODY': 'FOO'}, {}),
+                ({'BODY': ''}, {}), ({'SMTPUTF8': 'x'}, {}),
+                ({'SMTPUTF8': '\udcff'}, {}), ({'RET': 'FULL'}, {}),
+                ({'AUTH': '<>', 'SIZE': '7'}, {})):
+            with self.subTest(parameters):
+                delivery = self.delivery()
+
+                self.assertSent(delivery.send(
+                    envelope(**parameters), HEADER, BODY))
+
+                self.assertEqual(expected, self.server.mails[0].parameters)
+
     def test_smtputf8_is_used_only_where_needed(self):
         for asked, expected in ((envelope(NAME), {'SMTPUTF8': ''}),
                                 (envelope(SMTPUTF8=''), {'SMTPUTF8': ''}),
@@ -240,6 +256,51 @@ class Content(DeliveryCase):
 
         self.assertIn('550 5.6.7 needs SMTPUTF8', report.never[NAME])
         self.assertSent(delivery.send(envelope(), HEADER, BODY))
+
+    def test_smtputf8_that_no_address_needs_keeps_no_mail_back(self):
+        """Go's library asks for it wherever it is offered."""
+        delivery = self.delivery(extensions=('PIPELINING',))
+
+        report = delivery.send(envelope(SMTPUTF8=''),
+                               'Subject: Grüße\r\n'.encode(), BODY)
+
+        self.assertSent(report)
+        self.assertEqual({}, self.server.mails[0].parameters)
+
+    def test_the_size_goes_along_where_it_is_offered(self):
+        for extensions, expected in ((EXTENSIONS, {'SIZE': '24'}), ((), {})):
+            with self.subTest(extensions=extensions):
+                delivery = self.delivery(extensions=extensions)
+
+                self.assertSent(delivery.send(
+                    envelope()._replace(size=24), HEADER, BODY))
+
+                self.assertEqual(expected, self.server.mails[0].parameters)
+
+    def test_what_is_larger_than_the_server_takes_is_not_sent_there(self):
+        for offer, size, refused in (
+                ('SIZE 100', 101, True), ('SIZE 100', 100, False),
+                ('SIZE 0', 10 ** 9, False), ('SIZE', 10 ** 9, False),
+                ('SIZE many', 10 ** 9, False)):
+            with self.subTest(offer, size=size):
+                delivery = self.delivery(extensions=[offer])
+
+                report = delivery.send(
+                    envelope()._replace(size=size), HEADER, BODY)
+
+                self.assertEqual(refused, '552 5.3.4' in str(report.never))
+                self.assertEqual(refused, 'MAIL' not in self.verbs())
+
+    def test_what_is_too_large_does_not_go_ahead_either(self):
+        delivery = self.delivery(extensions=['PIPELINING', 'SIZE 100'])
+        large = envelope(B)._replace(size=101)
+
+        self.assertSent(delivery.send(
+            envelope(), HEADER, BODY, lambda: large))
+
+        self.assertEqual([B], list(delivery.send(
+            large, HEADER, BODY).never))
+        self.assertEqual(['EHLO', 'MAIL', 'RCPT', 'DATA'], self.verbs())
 
     def test_no_address_brings_a_command_of_its_own(self):
         for address in 'a@x>\r\nRSET', 'a@x\nb', 'a@x\rb':
