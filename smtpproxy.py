@@ -2923,6 +2923,11 @@ class Relay:
                      server, reply)
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
+        if report.crowded and report.sent:
+            log.info('%s: %s takes no more recipients at a time; the next %d '
+                     'follow', mail.id, server, len(mail.to))
+            self.spool.save(mail)
+            return 0.0
         if report.later or mail.refused:
             return self._settle_failure(mail, report, server, settings)
         self.spool.remove(mail)

@@ -1216,6 +1216,7 @@ QUIT_TIME = 5           # seconds for a goodbye that nothing depends on
 REPLY_SIZE = 65536      # bytes of a whole reply
 
 BODIES = '7BIT', '8BITMIME'     # RFC 6152; what we can say of a mail
+TOO_MANY = 452, 552             # recipients, at RCPT
 NOT_ASKED = 503, 'not asked for'
 
 
@@ -1254,10 +1255,12 @@ class Report:
 
     sent, later, never: {recipient: reply (str)}: accepted; refused for now;
     refused for good. open: list of those without a verdict yet. error: None,
-    or the OSError that ended the connection before all had theirs."""
+    or the OSError that ended the connection before all had theirs. crowded:
+    bool, some of later were too many for one transaction: if there are any in
+    sent, the rest may go with the next one, at once."""
 
     def __init__(self, recipients):
-        self.open, self.error = list(recipients), None
+        self.open, self.error, self.crowded = list(recipients), None, False
         self.sent, self.later, self.never = {}, {}, {}
 
     def settle(self, recipient, code, text):
@@ -1267,8 +1270,21 @@ class Report:
         verdict[recipient] = '%d %s' % (code, text)
         self.open.remove(recipient)
 
+    def settle_rcpt(self, replies):
+        """Files who was refused at RCPT; replies: [(code, text)]. Where some
+        are taken, 552 says as 452 does that these are too many for one
+        transaction (RFC 5321 4.5.3.1.10). If it meant them, it will say so
+        when they come without the others."""
+        refused = [(recipient, reply) for recipient, reply in zip(
+            self.open, replies) if reply[0] >= 300]
+        some_are_taken = len(refused) < len(self.open)
+        for recipient, (code, text) in refused:
+            if some_are_taken and code in TOO_MANY:
+                self.crowded, code = True, 452
+            self.settle(recipient, code, text)
+
     def settle_all(self, code, text):
-        """The same for all that are open."""
+        """One reply for all that are open."""
         for recipient in self.open[:]:
             self.settle(recipient, code, text)
 
@@ -1545,9 +1561,7 @@ class Delivery:
         content. Raises OSError if the replies make no sense."""
         if mail[0] >= 300:
             report.settle_all(*mail)
-        for recipient, reply in zip(report.open[:], recipients):
-            if reply[0] >= 300:
-                report.settle(recipient, *reply)
+        report.settle_rcpt(recipients)
         if data[0] == 354:
             return True
         if data[0] < 400:

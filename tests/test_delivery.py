@@ -420,6 +420,9 @@ class Verdicts(DeliveryCase):
                 ({'RCPT': '450 4.2.0 full'}, 'later', 'later'),
                 ({'MAIL': '451 4.3.0 x'}, 'later', 'later'),
                 ({'MAIL': '550 5.7.1 x'}, 'never', 'never'),
+                ({second: '552 5.5.3 too many'}, 'sent', 'later'),
+                ({'RCPT': '552 5.2.2 full'}, 'never', 'never'),
+                ({second: '552 x', 'RCPT TO:<a@': '550 y'}, 'never', 'never'),
                 ({'DATA': '451 4.3.0 x'}, 'later', 'later'),
                 ({'DATA': '554 5.3.0 x'}, 'never', 'never'),
                 ({second: '450 x', 'DATA': '554 y'}, 'never', 'later'),
@@ -434,6 +437,17 @@ class Verdicts(DeliveryCase):
                     self.assertEqual({'a': a, 'b': b}, self.letters(report))
                     self.assertEqual('sent' in (a, b),
                                      bool(self.server.mails))
+
+    def test_the_report_says_that_there_were_too_many(self):
+        for replies, crowded in (([None, '452 4.5.3 x'], True),
+                                 ([None, '552 too many'], True),
+                                 ([None, '451 4.2.0 busy'], False),
+                                 (['452 4.5.3 x'], False)):
+            with self.subTest(replies):
+                report = self.delivery({'RCPT': replies}).send(
+                    envelope(A, B), HEADER, BODY)
+
+                self.assertEqual(crowded, report.crowded)
 
     def test_what_makes_no_sense_is_no_verdict_for_good(self):
         for stage, code in (('MAIL', 354), ('RCPT', 354), ('DATA', 250),

@@ -341,6 +341,49 @@ class Restarted(RelayCase):
         self.assertEqual([[A], [B]], [m.to for m in self.upstream.mails])
 
 
+class TooMany(RelayCase):
+    """A server that takes so many recipients with one mail."""
+
+    def limited(self, reply, config=None):
+        """Takes two; puts a mail to five, returns its id."""
+        self.upstream.script['RCPT'] = lambda talk: (
+            reply if len(talk.mail.to) == 2 else None)
+        self.begin(dict({'sleeptime': 10}, **config or {}))
+        return self.put(['%d@example.org' % n for n in range(5)])
+
+    def test_all_have_the_mail_at_once(self):
+        for reply in '552 5.5.3 too many', '452 4.5.3 too many':
+            for delete in 'false', 'true':
+                with self.subTest(reply, deleteonerror=delete):
+                    self.limited(reply, {'deleteonerror': delete})
+
+                    self.assertGone()
+
+                    self.assertEqual([2, 2, 1], [
+                        len(mail.to) for mail in self.upstream.mails])
+                    self.upstream.mails.clear()
+                    self.clear()
+
+    def test_who_is_refused_when_alone_was_meant(self):
+        self.upstream.script['RCPT TO:<b@'] = '552 5.2.2 mailbox full'
+        self.begin()
+        id = self.put([A, B])
+
+        wait_until(lambda: self.spool.load(id).parked)
+
+        self.assertLogged('ERROR', id, 'refused for good',
+                          '552 5.2.2 mailbox full for <%s>;' % B)
+        self.assertEqual([[A]], [mail.to for mail in self.upstream.mails])
+
+    def test_nobody_gets_it_again_though_the_disk_is_full(self):
+        with mock.patch.object(smtpproxy.Spool, 'append',
+                               side_effect=OSError(28, 'disk full')):
+            self.limited('552 too many')
+            self.assertGone()
+
+        self.assertEqual(5, sum(len(m.to) for m in self.upstream.mails))
+
+
 class Absent(RelayCase):
     """A server that nobody can reach, or that says no."""
 
