@@ -1760,8 +1760,7 @@ def explain(error, host):
                 host, error.reason or error)
     if isinstance(error, socket.gaierror):
         return 'the name %s is not known: %s' % (host, error.strerror)
-    if isinstance(error, socket.timeout) or isinstance(
-            error.__context__, socket.timeout):
+    if smtps.is_silence(error):
         return '%s does not answer in time' % host
     if hasattr(error, 'smtp_code'):
         return '%s said %d %s' % (host, error.smtp_code,
@@ -1915,6 +1914,7 @@ class SignIn:
         self._clock, self._pause = clock, pause
         self._pop_lock = threading.Lock()
         self._pop_time = None       # of the last login
+        self._stepwise_until = 0.0  # as if PIPELINING were not offered
         self._secrets = secrets_of(account)
 
     # Secrets.
@@ -1965,6 +1965,24 @@ class SignIn:
                 pass                    # we are known there, that is enough
         finally:
             pop.close()
+
+    # PIPELINING.
+
+    def trusts_pipelining(self):
+        """Whether commands may go out in packets where that is offered."""
+        return self._clock() >= self._stepwise_until
+
+    def note_silence(self, in_packets):
+        """The server said nothing in the middle of a mail. in_packets: to
+        commands that were sent together. Then the next connections send one
+        at a time, for a day; if one of them meets silence too, it was
+        something else."""
+        if not in_packets:
+            self._stepwise_until = 0.0
+            return
+        self._stepwise_until = self._clock() + DAY
+        log.info('%s offers PIPELINING, but says nothing when it is used: one '
+                 'command at a time from now on', self.account.server)
 
     # SMTP AUTH.
 
@@ -2065,6 +2083,7 @@ class Courier:
         self.account, self.sign_in, self.config = account, sign_in, config
         self.upcoming = None
         self._delivery = None
+        self._stepwise = False      # silence was met, see SignIn
 
     @property
     def connected(self):
@@ -2106,20 +2125,37 @@ class Courier:
 
     def _send(self, envelope, header, body, following):
         """On the connection we have or, if the server has closed that
-        meanwhile, on a new one. Raises AccountUnavailable, OSError."""
+        meanwhile or reads one command of a packet only, on a new one. Raises
+        AccountUnavailable, OSError."""
         while True:
             self._connect()
-            is_new = not self._delivery.used
+            is_new, in_packets = (
+                not self._delivery.used, self._delivery.pipelining)
+            began = time.monotonic()
             try:
-                return self._delivery.send(
+                report = self._delivery.send(
                     envelope, header, body, self._ahead(following))
+                if smtps.is_silence(report.error) and (
+                        self.upcoming or not in_packets):
+                    self._note_silence(in_packets)
+                return report
             except smtps.ServiceUnavailable as error:
                 if is_new:
                     raise AccountUnavailable(
                         explain(error, self.account.server)) from error
-            except OSError:
-                if is_new:
+            except OSError as error:
+                # The server may lose patience a little sooner than we do.
+                silent = smtps.is_silence(error) or (
+                    time.monotonic() - began > smtps.REPLY_TIME / 2)
+                if silent:
+                    self._note_silence(in_packets)
+                if is_new and not (silent and in_packets):
                     raise
+
+    def _note_silence(self, in_packets):
+        """For the connections that come, this courier's and others'."""
+        self._stepwise = in_packets
+        self.sign_in.note_silence(in_packets)
 
     def _ahead(self, following):
         """following() in the words of smtps. A POP login may have to come
@@ -2146,6 +2182,8 @@ class Courier:
                 raise
             except Exception as error:
                 raise self._unavailable(stage, error) from error
+        self._delivery.stepwise = (
+            self._stepwise or not self.sign_in.trusts_pipelining())
 
     def _open(self):
         account = self.account

@@ -1349,6 +1349,12 @@ def limit_wait(sock, seconds):
         sock.settimeout(seconds)
 
 
+def is_silence(error):
+    """Whether an exception says that the other end was silent for so long."""
+    return isinstance(error, socket.timeout) or isinstance(
+        getattr(error, '__context__', None), socket.timeout)
+
+
 class SmtpDialogue:
     """Mixed into smtplib's classes: replies are bounded, and the dialogue
     goes to our log, without secrets."""
@@ -1405,9 +1411,12 @@ class Delivery:
     If the server offers PIPELINING (RFC 2920), the envelope is one packet, and
     that of the next mail goes right behind the final dot of this one: a mail
     costs one round trip instead of four. An envelope that is under way can't
-    be taken back. So what following() returned must be sent next.
+    be taken back. So what following() returned must be sent next. Some
+    servers, and virus scanners in between, offer it and read one command of a
+    packet: see is_silence().
 
-    used: bool, a mail has gone this way, be it refused."""
+    used: bool, a mail has gone this way, be it refused. stepwise: bool, may
+    be set: one command at a time, whatever the server offers."""
 
     def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0):
         """Connects and hears the greeting. host, name (for EHLO): str; tls:
@@ -1423,11 +1432,16 @@ class Delivery:
         self._smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._under_way = None      # the Envelope behind the last final dot
         self._unfinished = False    # a transaction needs RSET
-        self.used = False
+        self.used = self.stepwise = False
 
     @property
     def connected(self):
         return self._smtp is not None
+
+    @property
+    def pipelining(self):
+        """Commands are sent before the ones before them are answered."""
+        return not self.stepwise and self.offers('pipelining') is not None
 
     # Before the mail.
 
@@ -1509,7 +1523,7 @@ class Delivery:
             if self._unfinished:
                 self._command(b'RSET\r\n', ServiceUnavailable)
             self._unfinished = True
-            if self.offers('pipelining') is None:
+            if not self.pipelining:
                 return self._one_by_one(*self._commands(envelope))
             if self._under_way is None:
                 self._send(self._packet(envelope))
@@ -1590,7 +1604,7 @@ class Delivery:
 
     def _ask_ahead(self, following):
         """The next envelope (bytes), to go behind the final dot."""
-        if following is None or self.offers('pipelining') is None:
+        if following is None or not self.pipelining:
             return b''
         envelope = following()
         if envelope is None or self._refusal_of(envelope):

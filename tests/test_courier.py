@@ -11,7 +11,7 @@ import smtpproxy
 import smtps
 from tests.case import A, B, SENDER, FolderCase
 from tests.fakes import (
-    CERTIFICATE, DROP, EXTENSIONS, Clock, FakePOP, FakeSMTP, server_tls,
+    CERTIFICATE, DROP, EXTENSIONS, HANG, Clock, FakePOP, FakeSMTP, server_tls,
     wait_until)
 
 C = 'c@example.org'
@@ -718,6 +718,99 @@ class Connections(CourierCase):
 
         wait_until(lambda: not smtp.open)
         self.assertEqual('QUIT', self.verbs(smtp)[-1])
+
+
+def swallow(conversation):
+    """An action: what came together with this command is lost."""
+    conversation.socket.settimeout(0)
+    lost = conversation.file.peek()
+    conversation.socket.settimeout(None)
+    conversation.file.read(len(lost))
+    return '250 2.0.0 ok' if conversation.line != '.' else None
+
+
+class OneCommandOfAPacket(CourierCase):
+    """PIPELINING is offered, and what comes together is lost. Virus scanners
+    between us and the server do so."""
+
+    def setUp(self):
+        super().setUp()
+        for name in 'REPLY_TIME', 'DOT_TIME':
+            patch = mock.patch.object(smtps, name, .2)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_the_mail_goes_one_command_at_a_time(self):
+        smtp = self.smtp({'MAIL': swallow})
+        courier = self.courier(smtp)
+
+        with self.assertLogs(level='INFO') as logs:
+            self.assertSent(self.deliver(courier))
+        another = self.another(courier.sign_in, courier.config)
+        self.assertSent(self.deliver(another))
+
+        self.assertEqual(3, smtp.connections)
+        self.assertIn('PIPELINING', logs.output[0])
+
+    def test_so_it_does_if_the_server_hangs_up_after_the_silence(self):
+        def lose_patience(conversation):
+            conversation.pause(.15)
+            return DROP
+        smtp = self.smtp({'MAIL': [lose_patience, None]})
+
+        self.assertSent(self.deliver(self.courier(smtp)))
+
+        self.assertEqual(2, smtp.connections)
+
+    def test_a_connection_that_breaks_at_once_is_no_sign(self):
+        smtp = self.smtp({'MAIL': DROP})
+        courier = self.courier(smtp)
+
+        with mock.patch.object(smtps, 'REPLY_TIME', 30):
+            self.deliver(courier)
+
+        self.assertEqual(1, smtp.connections)
+        self.assertTrue(courier.sign_in.trusts_pipelining())
+
+    def test_so_does_the_next_if_its_envelope_is_lost_behind_the_dot(self):
+        smtp = self.smtp({'.': swallow})
+        courier, second = self.courier(smtp), self.mail(to=[B])
+
+        self.assertSent(self.deliver(
+            courier, following=lambda: (second, courier.account)))
+        self.assertSent(self.deliver(courier, second), B)
+
+        self.assertEqual(2, smtp.connections)
+        self.assertFalse(courier.sign_in.trusts_pipelining())
+
+    def test_a_day_later_the_server_is_trusted_again(self):
+        courier = self.courier(self.smtp({'MAIL': [swallow, None]}))
+        self.deliver(courier)
+
+        for seconds, trusted in (86399, False), (1, True):
+            self.clock.advance(seconds)
+            self.assertEqual(trusted, courier.sign_in.trusts_pipelining())
+
+    def test_a_server_that_is_silent_anyway_is_trusted_again(self):
+        smtp = self.smtp({'MAIL': HANG})
+        courier = self.courier(smtp)
+
+        report = self.deliver(courier)
+
+        self.assertIn('does not answer in time', report.later[A])
+        self.assertEqual(2, smtp.connections)
+        self.assertTrue(courier.sign_in.trusts_pipelining())
+
+    def test_silence_behind_the_final_dot_is_no_sign(self):
+        """Nothing else was in flight. A second copy is not tried for."""
+        for extensions in EXTENSIONS, ():
+            smtp = self.smtp({'.': HANG}, extensions=extensions)
+            courier = self.courier(smtp)
+
+            self.assertIn('in time', self.deliver(courier).later[A])
+
+            self.assertEqual(1, smtp.connections)
+            self.assertTrue(courier.sign_in.trusts_pipelining())
 
 
 class Unavailable(CourierCase):
