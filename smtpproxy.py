@@ -1803,6 +1803,19 @@ def port_advice(account):
         'smtpsecurity=' + security, port)
 
 
+NAME_REFUSED = re.compile(
+    r'\b(?:50[14]|550) .*\b(?:helo|ehlo|fqdn|fully[- ]qualified host)', re.I)
+
+
+def name_advice(reply):
+    """What to do if it is our name in EHLO that a server's reply (str) is
+    about, or ''. Many ask for it at MAIL or RCPT only."""
+    if not NAME_REFUSED.search(reply):
+        return ''
+    return '; it does not like the name we give in EHLO: set localhostname ' \
+        'to a full one, such as mail.example.org'
+
+
 # --- Sign-in: what an account asks before it takes mail ---------------------
 
 def auth_cram_md5(ask, user, password):
@@ -1820,8 +1833,11 @@ def auth_cram_md5(ask, user, password):
 
 
 def auth_plain(ask, user, password):
-    """RFC 4616."""
-    return ask('AUTH PLAIN ' + smtps.encoded64('\0%s\0%s' % (user, password)))
+    """RFC 4616. A server that takes no response in the same line says 334
+    (RFC 4954 4)."""
+    response = smtps.encoded64('\0%s\0%s' % (user, password))
+    answer = ask('AUTH PLAIN ' + response)
+    return ask(response) if answer[0] == 334 else answer
 
 
 def auth_login(ask, user, password):
@@ -1914,6 +1930,7 @@ class SignIn:
         self._clock, self._pause = clock, pause
         self._pop_lock = threading.Lock()
         self._pop_time = None       # of the last login
+        self._last_taken = None     # the mechanism
         self._stepwise_until = 0.0  # as if PIPELINING were not offered
         self._secrets = secrets_of(account)
 
@@ -1997,6 +2014,7 @@ class SignIn:
             code, text = MECHANISMS[name](
                 delivery.ask, account.smtpusername, account.smtppassword)
             if code == 235:
+                self._last_taken = name
                 return
             answers.append('%s: %d %s' % (
                 name, code, self.redact(smtps.plain(text))))
@@ -2010,7 +2028,9 @@ class SignIn:
                               '; '.join(answers)))
 
     def _mechanisms(self, delivery):
-        """Names, best first. Raises AccountUnavailable."""
+        """Names: the one that was taken last time, then best first: some
+        servers offer what they refuse, and count failed logins. Raises
+        AccountUnavailable."""
         if self.account.smtpauth != 'auto':
             return [self.account.smtpauth]
         offered = (delivery.offers('auth') or '').lower().split()
@@ -2021,7 +2041,7 @@ class SignIn:
                     self.account.server, ' '.join(offered) or 'none at all',
                     '; smtpsecurity=tls, perhaps?'
                     if self.account.smtpsecurity == 'none' else ''))
-        return names
+        return sorted(names, key=lambda name: name != self._last_taken)
 
 
 # --- Courier: takes mails to an account's server ----------------------------
@@ -2042,6 +2062,12 @@ def envelope_of(mail, account):
     return smtps.Envelope(
         envelope_sender(mail, account), list(dict.fromkeys(mail.to)),
         parameters, mail.dot - len(b'.\r\n') - mail.start)
+
+
+def our_name(account):
+    """The name for EHLO; '' stands for the address of the connection. Many
+    servers refuse a name without a dot, which says nothing out there."""
+    return account.localhostname or (HOST if '.' in HOST else '')
 
 
 def dress(mail, account):
@@ -2187,9 +2213,8 @@ class Courier:
 
     def _open(self):
         account = self.account
-        # Without a name of its own smtplib looks one up, which can take long.
         self._delivery = smtps.Delivery(
-            account.smtphost, account.smtpport, account.localhostname or HOST,
+            account.smtphost, account.smtpport, our_name(account),
             context_of(account) if account.smtpsecurity == 'ssl' else None,
             self.sign_in.redact, self.config.debuglevel)
 
@@ -2212,9 +2237,9 @@ class Courier:
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""
-        trouble = AccountUnavailable('%s: %s%s' % (
-            stage, explain(error, self.account.server),
-            port_advice(self.account)))
+        what = explain(error, self.account.server)
+        trouble = AccountUnavailable('%s: %s%s%s' % (
+            stage, what, port_advice(self.account), name_advice(what)))
         trouble.absent = stage == 'connect' and is_absence(error)
         return trouble
 
@@ -2977,6 +3002,7 @@ class Relay:
                         for reply, recipients in grouped(failed))
         if server not in why:
             why = '%s said %s' % (server, why)
+        why += name_advice(why)
         mail.tries += 1
         mail.problem, mail.handled, mail.parked = why, True, False
         if settings.config.deleteonerror:

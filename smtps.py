@@ -1355,6 +1355,12 @@ def is_silence(error):
         getattr(error, '__context__', None), socket.timeout)
 
 
+def address_literal(address):
+    """An IP address (str) as a name in EHLO (RFC 5321 4.1.3)."""
+    address = address.partition('%')[0]     # fe80::1%eth0
+    return '[%s%s]' % ('IPv6:' if ':' in address else '', address)
+
+
 class SmtpDialogue:
     """Mixed into smtplib's classes: replies are bounded, and the dialogue
     goes to our log, without secrets."""
@@ -1419,17 +1425,20 @@ class Delivery:
     be set: one command at a time, whatever the server offers."""
 
     def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0):
-        """Connects and hears the greeting. host, name (for EHLO): str; tls:
-        an ssl.SSLContext if TLS begins at once; redact: callable(str) -> str,
-        takes secrets out of what the server says; debuglevel: 1 or more logs
-        the dialogue at INFO. Raises OSError, ValueError or LookupError (an
-        impossible host name), ImportError."""
+        """Connects and hears the greeting. host: str; name: str, for EHLO, ''
+        for the address of our end; tls: an ssl.SSLContext if TLS begins at
+        once; redact: callable(str) -> str, takes secrets out of what the
+        server says; debuglevel: 1 or more logs the dialogue at INFO. Raises
+        OSError, ValueError or LookupError (an impossible host name),
+        ImportError."""
         self._host, self._port = host, port
         self._redact, self._debuglevel = redact, debuglevel
         extra = {'context': tls} if tls else {}
         self._smtp = dialogue_class(tls is not None)(
             host, port, name, redact, debuglevel, **extra)
         self._smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._smtp.local_hostname = name or address_literal(
+            self._smtp.sock.getsockname()[0])
         self._under_way = None      # the Envelope behind the last final dot
         self._unfinished = False    # a transaction needs RSET
         self.used = self.stepwise = False

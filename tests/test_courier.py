@@ -325,6 +325,53 @@ class SigningIn(CourierCase):
                 self.assertSent(self.deliver(self.courier(smtp, **LOGIN)))
                 self.assertEqual(USER, smtp.mails[0].user)
 
+    def test_one_that_was_refused_is_not_tried_first_again(self):
+        """Failed logins feed fail2ban."""
+        smtp = self.smtp({'AUTH CRAM-MD5': '535 5.7.8 not that one'},
+                         users=USERS, mechanisms=self.ALL)
+        first = self.courier(smtp, **LOGIN)
+        self.assertSent(self.deliver(first))
+
+        for _ in range(2):
+            self.assertSent(self.deliver(
+                self.another(first.sign_in, first.config)))
+
+        self.assertEqual(['CRAM-MD5', 'PLAIN', 'PLAIN', 'PLAIN'], [
+            line.split()[1] for line in smtp.commands
+            if line.startswith('AUTH')])
+
+    def test_the_last_one_that_was_taken_may_be_refused_one_day(self):
+        smtp = self.smtp(users=USERS, mechanisms=['PLAIN'])
+        first = self.courier(smtp, **LOGIN)
+        self.assertSent(self.deliver(first))
+        smtp.mechanisms = ['PLAIN', 'LOGIN']
+        smtp.script['AUTH PLAIN'] = '535 5.7.8 not that one'
+
+        self.assertSent(self.deliver(
+            self.another(first.sign_in, first.config)))
+
+    def test_plain_goes_in_two_steps_where_one_is_too_much(self):
+        """RFC 4954 4: 334 asks for what some servers do not take at once."""
+        def ask_for_it(conversation):
+            conversation.say('334 ')
+            answer = base64.b64decode(conversation.read_text()).decode()
+            right = answer == '\0%s\0%s' % (USER, PASSWORD)
+            return '235 ok' if right else '535 no'
+        smtp = self.smtp({'AUTH PLAIN': ask_for_it})
+
+        self.assertSent(self.deliver(self.courier(smtp, **LOGIN)))
+
+        self.assertEqual('', smtp.mails[0].user)
+
+    def test_the_old_form_of_the_offer_counts(self):
+        """AUTH=PLAIN, from before RFC 2554."""
+        for offers in ['AUTH=LOGIN PLAIN'], ['AUTH=PLAIN', 'AUTH NTLM']:
+            smtp = self.smtp(users=USERS, extensions=offers, mechanisms=())
+            smtp.script['AUTH'] = '235 2.7.0 ok'
+            with self.subTest(offers), mock.patch.object(
+                    FakeSMTP.TALK, 'do_AUTH', FakeSMTP.TALK.simple):
+                self.assertSent(self.deliver(self.courier(smtp, **LOGIN)))
+
     def test_smtpauth_forces_one_mechanism(self):
         for forced in self.ALL:
             with self.subTest(forced):
@@ -486,6 +533,39 @@ class Secrets(CourierCase):
                     popssl=False, popusername='me', poppassword=PASSWORD))
             self.assertNotIn(PASSWORD, ' '.join(logs.output)
                              + said(report))
+
+
+class OurName(CourierCase):
+    """In EHLO. RFC 5321 4.1.4: a full name, or else the address."""
+
+    def test_a_box_without_a_full_name_gives_its_address(self):
+        for host, key, name in (('vm', '', '[127.0.0.1]'),
+                                ('vm.home.lan', '', 'vm.home.lan'),
+                                ('vm', 'box', 'box')):
+            with self.subTest(host=host, localhostname=key):
+                smtp = self.smtp()
+
+                with mock.patch.object(smtpproxy, 'HOST', host):
+                    self.assertSent(self.deliver(self.courier(
+                        smtp, localhostname=key)))
+
+                self.assertEqual(name, smtp.mails[0].hello)
+
+    def test_addresses_have_their_form(self):
+        for address, name in (('192.0.2.1', '[192.0.2.1]'),
+                              ('2001:db8::1', '[IPv6:2001:db8::1]'),
+                              ('fe80::1%eth0', '[IPv6:fe80::1]')):
+            self.assertEqual(name, smtps.address_literal(address))
+
+    def test_a_refused_name_says_what_to_do(self):
+        for reply in ('504 5.5.2 <vm>: Helo command rejected: need '
+                      'fully-qualified hostname', '501 Syntactically invalid '
+                      'EHLO argument(s)', '550 Invalid HELO name'):
+            self.assertUnavailable(self.deliver(self.courier(self.smtp(
+                {'EHLO': reply, 'HELO': reply}))), 'set localhostname')
+        for reply in ('504 5.5.2 <a>: Sender address rejected: need '
+                      'fully-qualified address', '503 EHLO first', '550 no'):
+            self.assertEqual('', smtpproxy.name_advice(reply))
 
 
 class Dressed(CourierCase):

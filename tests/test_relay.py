@@ -220,6 +220,11 @@ class Parked(RelayCase):
         for word in (SENDER, A, 'the report', NEVER, '--retry ' + id):
             self.assertIn(word, line)
 
+    def test_a_refusal_of_our_name_says_what_to_do(self):
+        id = self.park({'RCPT': '504 5.5.2 <vm>: Helo command rejected'})
+
+        self.assertLogged('ERROR', id, '504 5.5.2', 'set localhostname')
+
     def test_it_is_not_tried_by_itself(self):
         self.park()
 
