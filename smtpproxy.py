@@ -824,17 +824,19 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool; flaw: str, why its envelope must not be sent, or ''. start, body,
+    bool; unanswered: int, how often a server took all of it and said nothing;
+    flaw: str, why its envelope must not be sent, or ''. start, body,
     dot: offsets of the header, of the empty line behind it, and of what
     follows the final dot's line."""
 
     # What is kept while it is in trouble, and its types.
-    STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
-             'problem': str, 'handled': bool, 'parked': bool}
+    STATE_2_0 = {'to': list, 'refused': dict, 'tries': int, 'due': float,
+                 'problem': str, 'handled': bool, 'parked': bool}
+    STATE = dict(STATE_2_0, unanswered=int)
 
     def __init__(self, id, path, data=None):
         self.id, self.path, self.data = id, path, data
-        self.tries, self.due, self.problem = 0, 0.0, ''
+        self.tries, self.due, self.problem, self.unanswered = 0, 0.0, '', 0
         self.handled = self.parked = False
         self.refused = {}           # {recipient: reply}, refused for good
         self.flaw = ''
@@ -1209,15 +1211,18 @@ class Spool:
 
     def save(self, mail):
         """Keeps what is known of a mail in trouble: recipients left, tries.
-        When the disk refuses it is remembered as long as we run."""
-        import json
+        When the disk refuses it is remembered as long as we run.
+
+        2.0 passes over a line with names that it does not know. Those have
+        one of their own, so that after a way back to 2.0 nobody gets a mail
+        again who has it, and what is parked stays so."""
         state = mail.state()
         new = {name: value for name, value in state.items()
                if value != mail.saved.get(name)}
-        line = json.dumps(dict(new, seen=int(self.now()))).encode()
+        known = {name: new.pop(name) for name in Mail.STATE_2_0 if name in new}
+        lines = self.state_line(known) + (self.state_line(new) if new else b'')
         try:
-            self.append(mail.path, b'NOOP state=%s crc32=%08x\r\n' % (
-                line, zlib.crc32(line)))
+            self.append(mail.path, lines)
             mail.saved = state
             self.unsaved.pop(mail.id, None)
         except OSError as error:
@@ -1225,9 +1230,14 @@ class Spool:
             log.error('%s: its state cannot be saved: %s; remembered until '
                       'the next stop', mail.id, error)
 
+    def state_line(self, state):
+        import json
+        line = json.dumps(dict(state, seen=int(self.now()))).encode()
+        return b'NOOP state=%s crc32=%08x\r\n' % (line, zlib.crc32(line))
+
     @staticmethod
     def append(path, line):
-        """Adds a line that lasts. Raises OSError; the part of a line that a
+        """Adds lines that last. Raises OSError; the part of a line that a
         crash or a full disk has left does no harm."""
         file = os.open(path, os.O_RDWR | os.O_APPEND)
         try:
@@ -2146,7 +2156,9 @@ class Courier:
             report = smtps.Report(mail.to)
             report.error = error
         if report.error:
-            report.give_up(explain(report.error, self.account.server))
+            report.give_up(explain(report.error, self.account.server) + (
+                ' behind the final dot, without a reply: it may have arrived'
+                if report.unanswered else ''))
         return report
 
     def _send(self, envelope, header, body, following):
@@ -2255,6 +2267,7 @@ class Courier:
 FOREVER = float('inf')
 LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
+UNANSWERED = 3              # copies at most, where each may have arrived
 BACKLOG = 8                 # mails that wait per connection before one more
 
 
@@ -3004,14 +3017,15 @@ class Relay:
             why = '%s said %s' % (server, why)
         why += name_advice(why)
         mail.tries += 1
+        mail.unanswered += report.unanswered
         mail.problem, mail.handled, mail.parked = why, True, False
         if settings.config.deleteonerror:
             log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
                       '%s', mail.id, why, describe(mail, failed))
             self.spool.remove(mail)
             return None
-        if not mail.to or self.spool.is_older(
-                mail.id, settings.config.retrydays):
+        if not mail.to or mail.unanswered == UNANSWERED or (
+                self.spool.is_older(mail.id, settings.config.retrydays)):
             self._park(mail, why, settings)
             return None
         wait = back_off(mail.tries, settings.config)
@@ -3025,6 +3039,9 @@ class Relay:
         """Keeps a mail until the owner asks for another try."""
         what = 'refused for good' if not mail.to else (
             'not delivered in %d days' % settings.config.retrydays)
+        if mail.unanswered == UNANSWERED:
+            what = 'it may have arrived, %d times' % mail.unanswered
+        mail.unanswered = 0
         mail.to += [Address(a) for a in mail.refused]
         mail.refused, mail.parked, mail.due = {}, True, 0.0
         mail.problem, mail.handled = why, True

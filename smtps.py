@@ -1255,12 +1255,14 @@ class Report:
 
     sent, later, never: {recipient: reply (str)}: accepted; refused for now;
     refused for good. open: list of those without a verdict yet. error: None,
-    or the OSError that ended the connection before all had theirs. crowded:
-    bool, some of later were too many for one transaction: if there are any in
-    sent, the rest may go with the next one, at once."""
+    or the OSError that ended the connection before all had theirs.
+    unanswered: bool, it ended behind the final dot, so those may have the
+    mail. crowded: bool, some of later were too many for one transaction: if
+    there are any in sent, the rest may go with the next one, at once."""
 
     def __init__(self, recipients):
-        self.open, self.error, self.crowded = list(recipients), None, False
+        self.open, self.error = list(recipients), None
+        self.unanswered = self.crowded = False
         self.sent, self.later, self.never = {}, {}, {}
 
     def settle(self, recipient, code, text):
@@ -1604,7 +1606,9 @@ class Delivery:
         except ConnectionError as error:
             self._hear_why(report, error)
             return
+        report.unanswered = True
         reply = self._any_reply(DOT_TIME)
+        report.unanswered = False
         if 300 <= reply[0] < 400:
             raise OSError('the final dot was answered %d %s' % reply)
         report.settle_all(*reply)

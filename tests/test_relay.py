@@ -11,7 +11,7 @@ from unittest import mock
 
 import smtpproxy
 from tests.case import A, B, OTHER, SENDER, ProxyCase
-from tests.fakes import HANG, Clock, FakePOP, FakeSMTP, wait_until
+from tests.fakes import DROP, HANG, Clock, FakePOP, FakeSMTP, wait_until
 
 C = 'c@example.org'
 DAY = 86400
@@ -344,6 +344,53 @@ class Restarted(RelayCase):
         self.assertDelivered([B], 2)
         self.assertGone()
         self.assertEqual([[A], [B]], [m.to for m in self.upstream.mails])
+
+
+class Unanswered(RelayCase):
+    """A server takes the mail and hangs up before its reply."""
+
+    def tried_again(self, id, tries):
+        self.advance_until(lambda: self.spool.load(id).tries >= tries, 5)
+        wait_until(self.at_rest)
+
+    def test_it_is_parked_after_the_third_copy_restarts_or_not(self):
+        self.upstream.script['.'] = DROP
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        self.tried(id, 1)
+        self.assertLogged('WARNING', id, 'it may have arrived', 'try 1')
+        for tries in 2, 3:
+            self.end()
+            self.begin({'sleeptime': 10})
+            self.tried_again(id, tries)
+
+        self.advance(DAY)
+
+        self.assertLogged('ERROR', id, 'it may have arrived, 3 times')
+        self.assertTrue(self.spool.load(id).parked)
+        self.assertEqual(3, len(self.verbs('DATA')))
+
+    def test_the_owner_may_have_it_sent_again(self):
+        self.upstream.script['.'] = [DROP] * 4 + [None]
+        self.begin({'sleeptime': 1})
+        id = self.put()
+        self.tried_again(id, 3)
+
+        self.reload()
+        self.tried_again(id, 4)
+        self.advance_until(lambda: self.upstream.mails, 1)
+
+        self.assertGone()
+
+    def test_what_ends_before_the_dot_or_is_answered_does_not_count(self):
+        for stage in 'MAIL', 'DATA':
+            self.upstream.script = {stage: DROP}
+            self.begin({'sleeptime': 1})
+            id = self.put()
+            self.tried_again(id, 4)
+
+            self.assertEqual(0, self.spool.load(id).unanswered)
+            self.clear()
 
 
 class TooMany(RelayCase):
