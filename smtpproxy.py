@@ -825,6 +825,7 @@ class Mail:
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
     bool; unanswered: int, how often a server took all of it and said nothing;
+    folded: bool, a server takes no long lines, so it goes with shorter ones;
     flaw: str, why its envelope must not be sent, or ''. start, body,
     dot: offsets of the header, of the empty line behind it, and of what
     follows the final dot's line."""
@@ -832,12 +833,12 @@ class Mail:
     # What is kept while it is in trouble, and its types.
     STATE_2_0 = {'to': list, 'refused': dict, 'tries': int, 'due': float,
                  'problem': str, 'handled': bool, 'parked': bool}
-    STATE = dict(STATE_2_0, unanswered=int)
+    STATE = dict(STATE_2_0, unanswered=int, folded=bool)
 
     def __init__(self, id, path, data=None):
         self.id, self.path, self.data = id, path, data
         self.tries, self.due, self.problem, self.unanswered = 0, 0.0, '', 0
-        self.handled = self.parked = False
+        self.handled = self.parked = self.folded = False
         self.refused = {}           # {recipient: reply}, refused for good
         self.flaw = ''
         self._msg, self.seen = None, 0
@@ -1826,6 +1827,11 @@ def name_advice(reply):
         'to a full one, such as mail.example.org'
 
 
+# A mail's line of more than 998 bytes, in many words.
+LINE_TOO_LONG = re.compile(
+    r'\blines?\b.{0,40}\b(?:long|longer|length|exceeds?)\b|\b998\b', re.I)
+
+
 # --- Sign-in: what an account asks before it takes mail ---------------------
 
 def auth_cram_md5(ask, user, password):
@@ -2091,8 +2097,11 @@ def dress(mail, account):
     if account.forcefrom:
         unwanted += ['from', 'sender']
         new += 'From: %s\r\n' % account.forcefrom
-    return new.encode() + smtps.fields_named(*unwanted).sub(
+    header = new.encode() + smtps.fields_named(*unwanted).sub(
         b'', mail.header())
+    if mail.folded:
+        header = b''.join(smtps.folded(header, at_blanks=True))
+    return header
 
 
 @contextlib.contextmanager
@@ -2105,6 +2114,23 @@ def body_of(mail):
         return
     with open(mail.path, 'rb') as file:
         yield smtps.FilePart(file, mail.body, end)
+
+
+# Of a mail whose bytes must stay as they are.
+SIGNED = re.compile(rb'^dkim-signature[ \t]*:|multipart/(?:signed|encrypted)|'
+                    rb'application/(?:x-)?pkcs7-mime|^-----BEGIN PGP ',
+                    re.IGNORECASE | re.MULTILINE)
+
+
+def may_be_folded(mail):
+    """Whether a mail has lines that a server may find too long, and stays
+    whole if they are broken. Raises OSError."""
+    if mail.folded or SIGNED.search(mail.data, mail.start):
+        return False
+    with body_of(mail) as body:
+        size = sum(len(piece) for part in (mail.header(), body)
+                   for piece in smtps.folded(part))
+    return size > mail.dot - len(b'.\r\n') - mail.start
 
 
 class Courier:
@@ -2144,6 +2170,8 @@ class Courier:
         self.upcoming = None
         try:
             with body_of(mail) as body:
+                if mail.folded:
+                    body = smtps.folded(body)
                 report = self._send(envelope_of(mail, account),
                                     dress(mail, account), body, following)
         except AccountUnavailable:
@@ -2999,15 +3027,35 @@ class Relay:
                      server, reply)
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
-        if report.crowded and report.sent:
-            log.info('%s: %s takes no more recipients at a time; the next %d '
-                     'follow', mail.id, server, len(mail.to))
+        if self._gets_further(mail, report, server):
             self.spool.save(mail)
             return 0.0
         if report.later or mail.refused:
             return self._settle_failure(mail, report, server, settings)
         self.spool.remove(mail)
         return None
+
+    def _gets_further(self, mail, report, server):
+        """Whether another attempt, at once, may cure a refusal."""
+        if report.crowded and report.sent:
+            log.info('%s: %s takes no more recipients at a time; the next %d '
+                     'follow', mail.id, server, len(mail.to))
+            return True
+        too_long = [recipient for recipient, reply in report.never.items()
+                    if LINE_TOO_LONG.search(reply)]
+        try:
+            if not too_long or not may_be_folded(mail):
+                return False
+        except OSError:
+            return False
+        log.info('%s: %s takes no lines of more than %d bytes (%s): sent '
+                 'again with such lines folded', mail.id, server,
+                 smtps.TEXT_LINE, report.never[too_long[0]])
+        mail.folded = True
+        for recipient in too_long:
+            del mail.refused[recipient]
+            mail.to.append(Address(recipient))
+        return True
 
     def _settle_failure(self, mail, report, server, settings):
         failed = dict(mail.refused, **report.later)

@@ -68,6 +68,7 @@ log = logging.getLogger('smtps')
 CHUNK = 65536           # bytes read from a socket, or kept before a write
 COMMAND_LINE = 2048     # bytes; RFC 5321 4.5.3.1.4 asks for 512 and more
 LONG_LINE = 1000        # bytes; RFC 5321 4.5.3.1.6; longer ones go in pieces
+TEXT_LINE = 998         # bytes; the same without its CRLF
 AUTH_LINE = 12288       # bytes; RFC 4954 section 4
 RECIPIENTS = 1000       # a mail; RFC 5321 4.5.3.1.8 asks for 100 and more
 ERRORS = 20             # refused commands until a session is ended
@@ -1250,6 +1251,45 @@ class FilePart(NamedTuple):
     end: int
 
 
+def folded(content, at_blanks=False):
+    """content (bytes or FilePart, lines end with CRLF) in pieces (bytes) whose
+    lines have at most TEXT_LINE bytes: longer ones go on in a new line that
+    begins with a blank. at_blanks: such a line is broken before a blank of its
+    own, if there is one, as a header may be (RFC 5322 2.2.3). Raises OSError.
+    """
+    if isinstance(content, bytes):
+        content = FilePart(io.BytesIO(content), 0, len(content))
+    file, left = content.file, content.end - content.start
+    file.seek(content.start)
+    line, piece = b'', bytearray()
+    while left:
+        more = file.readline(min(left, LONG_LINE - len(line)))
+        if not more:
+            raise OSError('the file of this mail has become shorter')
+        line, left = line + more, left - len(more)
+        if len(line) < LONG_LINE or line.endswith(b'\n'):
+            begin, line = line, b''
+        else:
+            begin, line = broken(line, at_blanks)
+        piece += begin
+        if len(piece) >= CHUNK:
+            yield bytes(piece)
+            piece.clear()
+    yield bytes(piece) + line
+
+
+def broken(line, at_blanks):
+    """A line (bytes) that is too long, in two."""
+    at = max(line.rfind(b' ', 0, TEXT_LINE + 1),
+             line.rfind(b'\t', 0, TEXT_LINE + 1)) if at_blanks else 0
+    if line[:max(at, 0)].strip():
+        return line[:at] + b'\r\n', line[at:]
+    at = TEXT_LINE
+    while line[at] & 0xC0 == 0x80 and at > TEXT_LINE - 3:   # inside of UTF-8
+        at -= 1
+    return line[:at] + b'\r\n', b' ' + line[at:]
+
+
 class Report:
     """What became of each recipient at one attempt.
 
@@ -1488,8 +1528,9 @@ class Delivery:
     def send(self, envelope, header, body, following=None):
         """Sends one mail; returns its Report, raises OSError (see above).
 
-        header: bytes, its lines as on the wire; body: bytes or FilePart, as
-        on the wire (dots doubled, no final dot), from the empty line on.
+        header: bytes, its lines as on the wire; body: bytes, FilePart or an
+        iterable of bytes, as on the wire (dots doubled, no final dot), from
+        the empty line on.
         following: callable() -> the Envelope of the mail that will be sent
         next, or None; asked once, when the server wants this mail's content.
         """
@@ -1626,14 +1667,20 @@ class Delivery:
         return packet
 
     def _send_content(self, header, body, end):
-        if not isinstance(body, FilePart):
+        if isinstance(body, bytes):
             self._send(header + body + end)
             return
         self._send(header)
-        size = body.end - body.start
-        if self._smtp.sock.sendfile(body.file, body.start, size) < size:
-            raise OSError('the file of this mail has become shorter')
+        if isinstance(body, FilePart):
+            self._send_file(body.file, body.start, body.end - body.start)
+        else:
+            for piece in body:
+                self._send(piece)
         self._send(end)
+
+    def _send_file(self, file, start, size):
+        if self._smtp.sock.sendfile(file, start, size) < size:
+            raise OSError('the file of this mail has become shorter')
 
     def _hear_why(self, report, error):
         """A server that refuses in the middle of a mail says so first; else

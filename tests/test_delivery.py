@@ -311,6 +311,67 @@ class Content(DeliveryCase):
             self.assertEqual(['EHLO'], self.verbs())
 
 
+class Folded(unittest.TestCase):
+    """Lines of more than 998 bytes, for servers that take none."""
+
+    def folded(self, content, **options):
+        """The same from memory and from a file."""
+        with tempfile.TemporaryFile() as file:
+            file.write(b'12345' + content + b'67890')
+            part = smtps.FilePart(file, 5, 5 + len(content))
+            pieces = list(smtps.folded(part, **options))
+        self.assertEqual(b''.join(pieces), b''.join(
+            smtps.folded(content, **options)))
+        self.assertLess(max(map(len, pieces)), 70000)
+        return b''.join(pieces)
+
+    def test_no_line_is_too_long_and_nothing_is_lost(self):
+        for length in (0, 1, 997, 998, 999, 1000, 1001, 1995, 1996, 8000,
+                       200000):
+            for before in b'', b'.. a\r\n\r\n':
+                with self.subTest(length, before=before):
+                    content = before + b'x' * length + b'\r\nend\r\n'
+
+                    result = self.folded(content)
+
+                    self.assertLessEqual(
+                        max(map(len, result.split(b'\r\n'))), 998)
+                    self.assertEqual(content, result.replace(b'\r\n x', b'x'))
+
+    def test_what_is_short_enough_stays_as_it_is(self):
+        content = (b'y' * 998 + b'\r\n') * 300
+
+        self.assertEqual(content, self.folded(content))
+        self.assertEqual(content, self.folded(content, at_blanks=True))
+
+    def test_no_letter_is_cut_in_two(self):
+        for start in range(4):
+            text = 'x' * start + '\U0001f600\u20acä' * 400
+
+            result = self.folded(text.encode() + b'\r\n').decode()
+
+            self.assertEqual(text, result.replace('\r\n ', '').rstrip())
+
+    def test_a_header_is_broken_at_its_own_blanks(self):
+        for field in (b'To: ' + b'a@example.org, ' * 300 + b'b@x\r\n',
+                      b'To:' + b'\ta@example.org,' * 300 + b'\r\n'):
+            result = self.folded(field, at_blanks=True)
+
+            self.assertEqual(field, result.replace(b'\r\n ', b' ').replace(
+                b'\r\n\t', b'\t'))
+            self.assertLessEqual(max(map(len, result.split(b'\r\n'))), 998)
+
+    def test_a_header_without_a_blank_is_broken_all_the_same(self):
+        result = self.folded(b'X: ' + b'y' * 3000 + b'\r\n', at_blanks=True)
+
+        self.assertEqual([2, 998, 998, 998, 10], [
+            len(line) for line in result.split(b'\r\n')[:-1]])
+
+    def test_a_file_that_became_shorter_is_an_error(self):
+        with tempfile.TemporaryFile() as file, self.assertRaises(OSError):
+            list(smtps.folded(smtps.FilePart(file, 0, 100)))
+
+
 class Packets(DeliveryCase):
     """Several mails, one connection, few packets."""
 

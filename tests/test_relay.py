@@ -66,10 +66,10 @@ class RelayCase(ProxyCase):
         """For a script: no reply before self.gate is set."""
         self.gate.wait(5)
 
-    def put(self, to=(A,), sender=SENDER):
+    def put(self, to=(A,), sender=SENDER, content=MAIL):
         """A mail as a client hands it in; returns its id."""
         draft = self.spool.draft(sender, list(to), {})
-        draft.write(MAIL)
+        draft.write(content)
         draft.seal()
         draft.commit()
         self.spool.drafts.discard(draft.id)
@@ -390,6 +390,67 @@ class Unanswered(RelayCase):
             self.tried_again(id, 4)
 
             self.assertEqual(0, self.spool.load(id).unanswered)
+            self.clear()
+
+
+class LongLines(RelayCase):
+    """A server that refuses what has lines of more than 998 bytes."""
+    REFUSAL = '550 maximum allowed line length is 998 octets, got 8000'
+    HEADER = b'Subject: x\r\nTo: ' + b'a@example.org, ' * 100 + b'b@x\r\n'
+
+    def strict(self, config=None):
+        def judge(talk):
+            text = talk.server.seen[-1]
+            too_long = max(map(len, text.split(b'\r\n'))) > 998
+            return self.REFUSAL if too_long else None
+        def read_data(talk):
+            self.upstream.seen.append(usual(talk))
+            return self.upstream.seen[-1]
+        usual, self.upstream.seen = FakeSMTP.TALK.read_data, []
+        patch = mock.patch.object(FakeSMTP.TALK, 'read_data', read_data)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.upstream.script['.'] = judge
+        self.begin(dict({'sleeptime': 10}, **config or {}))
+
+    def test_the_mail_goes_again_at_once_with_lines_folded(self):
+        self.strict({'deleteonerror': 'true'})
+        for size in 8000, 300000:
+            body = b'\r\n..\r\n' + b'QUJD' * (size // 4) + b'\r\n'
+            with self.subTest(size):
+                id = self.put(content=self.HEADER + body)
+
+                self.assertGone()
+
+                mail = self.upstream.mails[-1]
+                self.assertEqual(
+                    self.HEADER + body, mail.raw.replace(b'\r\n Q', b'Q')
+                    .replace(b',\r\n a', b', a').replace(b'\r\n ', b''))
+                self.assertLogged('INFO', id, 'lines folded', '998 octets')
+
+    def test_what_is_signed_or_encrypted_is_parked_instead(self):
+        self.strict()
+        for header in (b'DKIM-Signature: v=1; a=x\r\n',
+                       b'Content-Type: multipart/signed; boundary=x\r\n',
+                       b'content-type: application/pkcs7-mime\r\n',
+                       b'Content-Type: multipart/encrypted; boundary=x\r\n'):
+            id = self.put(content=header + b'\r\n' + b'x' * 999 + b'\r\n')
+            with self.subTest(header):
+                wait_until(lambda: self.spool.load(id).parked)
+
+                self.assertLogged('ERROR', id, 'refused for good', '998')
+        self.assertEqual(4, len(self.verbs('DATA')))
+
+    def test_a_refusal_that_folding_does_not_cure_is_one(self):
+        for line, tries in (b'x' * 998, 1), (b'x' * 999, 2):
+            self.upstream.script['.'] = '554 5.6.0 line too long'
+            self.begin()
+            before = len(self.verbs('DATA'))
+            id = self.put(content=b'A: b\r\n\r\n' + line + b'\r\n')
+
+            wait_until(lambda: self.spool.load(id).parked)
+
+            self.assertEqual(tries, len(self.verbs('DATA')) - before)
             self.clear()
 
 
