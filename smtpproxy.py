@@ -147,6 +147,8 @@ def mail_address(text, warn):
     if text and not re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|'
                              r'[^<>@\s]+@[^<>@\s]+$', text):
         raise ValueError('must be a mail address')
+    if not bare_address(text).isascii():
+        raise ValueError('must be ASCII but for the name before the <')
     return one_line(text, warn)
 
 
@@ -2086,6 +2088,19 @@ def our_name(account):
     return account.localhostname or (HOST if '.' in HOST else '')
 
 
+@functools.lru_cache(1000)      # asked for each mail
+def encoded_name(address):
+    """'Name <a@b>' as a header may have it: RFC 2047."""
+    if address.isascii():
+        return address
+    from email.header import Header
+    from email.utils import unquote
+    name, bracket, rest = address.rpartition('<')
+    header = Header(unquote(name.strip()), 'utf-8', header_name='Reply-To')
+    header.append(bracket + rest, 'us-ascii')
+    return header.encode(linesep='\r\n')
+
+
 def dress(mail, account):
     """The header of mail (bytes as on the wire) as this account sends it."""
     unwanted, new = ['bcc', 'resent-bcc', 'return-path'], ''
@@ -2093,10 +2108,10 @@ def dress(mail, account):
         new += 'Return-Path: <%s>\r\n' % bare_address(account.returnpath)
     if account.replyto:
         unwanted.append('reply-to')
-        new += 'Reply-To: %s\r\n' % account.replyto
+        new += 'Reply-To: %s\r\n' % encoded_name(account.replyto)
     if account.forcefrom:
         unwanted += ['from', 'sender']
-        new += 'From: %s\r\n' % account.forcefrom
+        new += 'From: %s\r\n' % encoded_name(account.forcefrom)
     header = new.encode() + smtps.fields_named(*unwanted).sub(
         b'', mail.header())
     if mail.folded:

@@ -2,9 +2,11 @@
 follow a script. The protocol of a delivery is in test_delivery.py, what
 becomes of a mail that could not be delivered in test_relay.py."""
 import base64
+import email
 import re
 import ssl
 import unittest
+from email.header import decode_header, make_header
 from unittest import mock
 
 import smtpproxy
@@ -606,6 +608,24 @@ class Dressed(CourierCase):
                 mail = smtp.wait(count + 1)[count]
                 self.assertEqual(after + self.BODY, mail.data)
                 self.assertEqual(sender, mail.sender)
+
+    def test_a_name_with_letters_beyond_ascii_is_encoded(self):
+        """RFC 2047."""
+        for name in ('Büro', 'Büro, Süd', 'Büro ' * 30 + 'x', '☃ "am" Tor'):
+            for value in name, '"%s"' % name.replace('"', '\\"'):
+                smtp, value = self.smtp(), value + ' <me@example.org>'
+                with self.subTest(value):
+                    self.assertSent(self.deliver(self.courier(
+                        smtp, forcefrom=value, replyto=value)))
+
+                    data = smtp.mails[0].data
+                    self.assertTrue(data.isascii())
+                    self.assertLess(max(map(len, data.splitlines())), 79)
+                    message = email.message_from_bytes(data)
+                    for field in 'From', 'Reply-To':
+                        self.assertEqual(
+                            name + ' <me@example.org>', str(make_header(
+                                decode_header(message[field]))))
 
     def test_the_same_in_a_large_mail(self):
         smtp, body = self.smtp(), self.BODY + b'0123456789abcde\n'.replace(
