@@ -816,6 +816,7 @@ END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
 STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
+DKIM = re.compile(rb'^dkim-signature[ \t]*:', re.IGNORECASE | re.MULTILINE)
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
 
@@ -1413,10 +1414,21 @@ class Spool:
 
 MISSING = re.compile(rb'^(date|message-id|from|received)[ \t]*:',
                      re.IGNORECASE | re.MULTILINE)
+NO_VALUE = re.compile(rb':[ \t]*\r\n')
+EMPTY = re.compile(rb'^(?:date|message-id|from)[ \t]*:[ \t]*\r\n'
+                   rb'(?:[ \t]+\r\n)*(?![ \t])', re.IGNORECASE | re.MULTILINE)
 HEADER = re.compile(rb'(?:[!-9;-~]+[ \t]*:.*\r\n(?:[ \t].*\r\n)*)*')
 UNUSUAL = re.compile(r'[^A-Za-z0-9_.:\[\]-]')      # in a client's name
 HEADER_LIMIT = 512 * 1024       # bytes
 HOPS = 100                      # RFC 5321 6.3
+
+
+def without_empty(header):
+    """header without a Date, Message-ID or From that is empty: it counts as
+    missing. What is signed stays as it is."""
+    if NO_VALUE.search(header) and not DKIM.search(header):
+        return EMPTY.sub(b'', header)
+    return header
 
 
 class Intake(smtps.Session):
@@ -1550,7 +1562,8 @@ class Incoming(smtps.Receiver):
             raise smtps.Refused(552, '5.3.4 the header is too large')
         if not rest.startswith(b'\r\n'):
             rest = b'\r\n' + rest
-        header, self.head, self.in_header = self.head[:end], b'', False
+        header = without_empty(self.head[:end])
+        self.head, self.in_header = b'', False
         return self.new_fields(header) + header + rest
 
     def new_fields(self, header):
@@ -2101,6 +2114,41 @@ def encoded_name(address):
     return header.encode(linesep='\r\n')
 
 
+# RFC 5322 3.6 allows one of each; servers refuse a mail with more.
+ONE_OF_EACH = re.compile(
+    rb'\n(date|message-id|from|sender|reply-to|subject|to|cc)[ \t]*:')
+
+
+def singular(header):
+    """The names (lower-case bytes) in header of which there may be one."""
+    return ONE_OF_EACH.findall(b'\n' + header.lower())
+
+
+def has_one_twice(header):
+    names = singular(header)
+    return len(set(names)) < len(names)
+
+
+def one_of_each(header):
+    """header (bytes) with the first field of each of these names; what else
+    is in a To or Cc joins the first."""
+    for name in set(singular(header)):
+        pattern = smtps.fields_named(name.decode())
+        fields = pattern.findall(header)
+        if name in (b'to', b'cc'):
+            fields = [joined(fields)]
+        kept = fields[:1]
+        header = pattern.sub(lambda _: kept.pop() if kept else b'', header)
+    return header
+
+
+def joined(fields):
+    """One field (bytes) of several with lists of addresses."""
+    name = fields[0].partition(b':')[0]
+    lists = [field.partition(b':')[2].strip(b', \t\r\n') for field in fields]
+    return name + b': ' + b',\r\n\t'.join(filter(None, lists)) + b'\r\n'
+
+
 def dress(mail, account):
     """The header of mail (bytes as on the wire) as this account sends it."""
     unwanted, new = ['bcc', 'resent-bcc', 'return-path'], ''
@@ -2114,6 +2162,10 @@ def dress(mail, account):
         new += 'From: %s\r\n' % encoded_name(account.forcefrom)
     header = new.encode() + smtps.fields_named(*unwanted).sub(
         b'', mail.header())
+    if has_one_twice(header) and not DKIM.search(header):
+        log.info('%s: of several Date, From, Subject and the like the first '
+                 'is sent, To and Cc are joined', mail.id)
+        header = one_of_each(header)
     if mail.folded:
         header = b''.join(smtps.folded(header, at_blanks=True))
     return header
@@ -2132,7 +2184,7 @@ def body_of(mail):
 
 
 # Of a mail whose bytes must stay as they are.
-SIGNED = re.compile(rb'^dkim-signature[ \t]*:|multipart/(?:signed|encrypted)|'
+SIGNED = re.compile(DKIM.pattern + rb'|multipart/(?:signed|encrypted)|'
                     rb'application/(?:x-)?pkcs7-mime|^-----BEGIN PGP ',
                     re.IGNORECASE | re.MULTILINE)
 

@@ -596,6 +596,34 @@ class Dressed(CourierCase):
          b'Reply-To: Me <me@example.org>\r\nX: \xe4\xff\r\n'
          b'Reply-To-Not: 1\r\n', 'bounce@example.org'),
         ({}, b'', b'', SENDER))
+    ONCE = (        # header in, header out
+        (b'From: a@b\r\nX: 1\r\nFROM: c@d\r\nSubject : s\r\n t\r\nX: 1\r\n'
+         b'subject: u\r\n', b'From: a@b\r\nX: 1\r\nSubject : s\r\n t\r\n'
+         b'X: 1\r\n'),
+        (b'Date: 1\r\nDate: 2\r\nMessage-ID: <1>\r\nMessage-Id: <2>\r\n'
+         b'Sender: a@b\r\nSender: c@d\r\nReply-To: a\r\nReply-To: b\r\n',
+         b'Date: 1\r\nMessage-ID: <1>\r\nSender: a@b\r\nReply-To: a\r\n'),
+        (b'To: a@b,\r\n\tc@d\r\nCC: e@f\r\nto: g@h,\r\ncc:\r\nTo: i@j\r\n',
+         b'To: a@b,\r\n\tc@d,\r\n\tg@h,\r\n\ti@j\r\nCC: e@f\r\n'),
+        (b'To:\r\nTo: Me <a@b>\r\n', b'To: Me <a@b>\r\n'),
+        (b'Received: 1\r\nReceived: 1\r\nResent-To: a\r\nResent-To: b\r\n',
+         b'Received: 1\r\nReceived: 1\r\nResent-To: a\r\nResent-To: b\r\n'),
+        (b'DKIM-Signature: v=1\r\nTo: a\r\nTo: b\r\nFrom: c\r\nFrom: d\r\n',
+         b'DKIM-Signature: v=1\r\nTo: a\r\nTo: b\r\nFrom: c\r\nFrom: d\r\n'))
+
+    def test_of_what_there_may_be_one_the_first_is_sent(self):
+        """RFC 5322 3.6; Gmail: 550 5.7.1 multiple 'From' headers."""
+        smtp = self.smtp()
+        courier = self.courier(smtp)
+        for before, after in self.ONCE:
+            with self.subTest(before), self.assertLogs() as logs:
+                smtpproxy.log.info('begins')
+                self.assertSent(self.deliver(
+                    courier, self.mail(before + b'\r\nTo: x\r\nTo: y\r\n')))
+
+                self.assertEqual(after + b'\r\nTo: x\r\nTo: y\r\n',
+                                 smtp.mails[-1].data)
+                self.assertEqual(before != after, len(logs.output) == 2)
 
     def test_the_header_changes_as_asked_and_the_body_never(self):
         smtp = self.smtp()
