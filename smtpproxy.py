@@ -2258,8 +2258,7 @@ class Courier:
 
     def _send(self, envelope, header, body, following):
         """On the connection we have or, if the server has closed that
-        meanwhile or reads one command of a packet only, on a new one. Raises
-        AccountUnavailable, OSError."""
+        meanwhile, on a new one. Raises AccountUnavailable, OSError."""
         while True:
             self._connect()
             is_new, in_packets = (
@@ -2282,7 +2281,9 @@ class Courier:
                     time.monotonic() - began > smtps.REPLY_TIME / 2)
                 if silent:
                     self._note_silence(in_packets)
-                if is_new and not (silent and in_packets):
+                there_is_a_next_try = not self.config.deleteonerror
+                if is_new and (there_is_a_next_try or not (
+                        silent and in_packets)):
                     raise
 
     def _note_silence(self, in_packets):

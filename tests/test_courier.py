@@ -868,27 +868,38 @@ class OneCommandOfAPacket(CourierCase):
             patch.start()
             self.addCleanup(patch.stop)
 
-    def test_the_mail_goes_one_command_at_a_time(self):
+    def test_the_next_connections_send_one_command_at_a_time(self):
         smtp = self.smtp({'MAIL': swallow})
-        courier = self.courier(smtp)
+        courier = self.courier(smtp, {'deleteonerror': False})
 
         with self.assertLogs(level='INFO') as logs:
-            self.assertSent(self.deliver(courier))
-        another = self.another(courier.sign_in, courier.config)
-        self.assertSent(self.deliver(another))
+            report = self.deliver(courier)
+        self.assertIn('does not answer in time', report.later[A])
+        for _ in range(2):
+            self.assertSent(self.deliver(self.another(
+                courier.sign_in, courier.config)))
 
         self.assertEqual(3, smtp.connections)
         self.assertIn('PIPELINING', logs.output[0])
 
-    def test_so_it_does_if_the_server_hangs_up_after_the_silence(self):
+    def test_no_mail_is_deleted_for_it(self):
+        """deleteonerror=true: there is no later try."""
+        smtp = self.smtp({'MAIL': swallow})
+
+        self.assertSent(self.deliver(self.courier(
+            smtp, {'deleteonerror': True})))
+
+        self.assertEqual(2, smtp.connections)
+
+    def test_a_server_that_hangs_up_after_the_silence_is_one(self):
         def lose_patience(conversation):
             conversation.pause(.15)
             return DROP
-        smtp = self.smtp({'MAIL': [lose_patience, None]})
+        courier = self.courier(self.smtp({'MAIL': [lose_patience, None]}))
 
-        self.assertSent(self.deliver(self.courier(smtp)))
+        self.assertSent(self.deliver(courier))
 
-        self.assertEqual(2, smtp.connections)
+        self.assertFalse(courier.sign_in.trusts_pipelining())
 
     def test_a_connection_that_breaks_at_once_is_no_sign(self):
         smtp = self.smtp({'MAIL': DROP})
