@@ -175,6 +175,8 @@ def mail_address(text, warn):
     if text and not re.match(r'[^<>\r\n]*<[^<>@\s]+@[^<>@\s]+>$|'
                              r'[^<>@\s]+@[^<>@\s]+$', text):
         raise ValueError('must be a mail address')
+    if not bare_address(text).isascii():
+        raise ValueError('must be ASCII but for the name before the <')
     return one_line(text, warn)
 
 
@@ -1053,6 +1055,7 @@ END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
 STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
+DKIM = re.compile(rb'^dkim-signature[ \t]*:', re.IGNORECASE | re.MULTILINE)
 CACHED, CACHED_SIZE = 32, 16384     # mails kept in memory too; bytes of one
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
 
@@ -1086,18 +1089,21 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool; flaw: str, why its envelope must not be sent, or ''. data: its first
+    bool; unanswered: int, how often a server took all of it and said nothing;
+    folded: bool, a server takes no long lines, so it goes with shorter ones;
+    flaw: str, why its envelope must not be sent, or ''. data: its first
     bytes, all of the header among them, and all of it if it is small; start,
     body, dot: offsets of the header, of the empty line behind it, and of what
     follows the final dot's line. seen: the spool's time when its state was
     saved."""
 
     # What is kept while it is in trouble, and its types.
-    STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
-             'problem': str, 'handled': bool, 'parked': bool}
+    STATE_2_0 = {'to': list, 'refused': dict, 'tries': int, 'due': float,
+                 'problem': str, 'handled': bool, 'parked': bool}
+    STATE = dict(STATE_2_0, unanswered=int, folded=bool)
 
-    tries, due, problem = 0, 0.0, ''
-    handled = parked = False
+    tries, due, problem, unanswered = 0, 0.0, '', 0
+    handled = parked = folded = False
     flaw, seen = '', 0
 
     def __init__(self, id, path, data=None):
@@ -1616,13 +1622,20 @@ class Spool(Folder):
 
     def save(self, mail):
         """Keeps what is known of a mail in trouble: recipients left, tries.
-        When the disk refuses it is remembered as long as we run."""
-        import json
+        When the disk refuses it is remembered as long as we run.
+
+        2.0 passes over a line with names that it does not know. Those have
+        one of their own, so that after a way back to 2.0 nobody gets a mail
+        again who has it, and what is parked stays so."""
         changes = mail.changes()
-        line = json.dumps(dict(changes, seen=int(self._now()))).encode()
+        known = {name: changes[name] for name in Mail.STATE_2_0
+                 if name in changes}
+        new = {name: value for name, value in changes.items()
+               if name not in known}
+        lines = self._state_line(known) + (
+            self._state_line(new) if new else b'')
         try:
-            self._append(mail.path, b'NOOP state=%s crc32=%08x\r\n' % (
-                line, zlib.crc32(line)))
+            self._append(mail.path, lines)
             mail.mark_saved()
             self._unsaved.pop(mail.id, None)
         except OSError as error:
@@ -1630,9 +1643,14 @@ class Spool(Folder):
             log.error('%s: its state cannot be saved: %s; remembered until '
                       'the next stop', mail.id, error)
 
+    def _state_line(self, state):
+        import json
+        line = json.dumps(dict(state, seen=int(self._now()))).encode()
+        return b'NOOP state=%s crc32=%08x\r\n' % (line, zlib.crc32(line))
+
     @staticmethod
     def _append(path, line):
-        """Adds a line that lasts. Raises OSError; the part of a line that a
+        """Adds lines that last. Raises OSError; the part of a line that a
         crash or a full disk has left does no harm."""
         file = os.open(path, os.O_RDWR | os.O_APPEND)
         try:
@@ -1763,12 +1781,23 @@ class Spool(Folder):
 
 MISSING = re.compile(rb'^(date|message-id|from|received)[ \t]*:',
                      re.IGNORECASE | re.MULTILINE)
+NO_VALUE = re.compile(rb':[ \t]*\r\n')
+EMPTY = re.compile(rb'^(?:date|message-id|from)[ \t]*:[ \t]*\r\n'
+                   rb'(?:[ \t]+\r\n)*(?![ \t])', re.IGNORECASE | re.MULTILINE)
 # The first line of a mail from a mailbox ("From me Sun ...") is no field.
 HEADER = re.compile(rb'''(?x) (?: >?From[ ](?![ \t]*:).*\r\n )?
     (?P<fields> (?: [!-9;-~]+[ \t]*: .*\r\n (?: [ \t].*\r\n )* )* )''')
 UNUSUAL = re.compile(r'[^A-Za-z0-9_.:\[\]-]')      # in a client's name
 HEADER_LIMIT = 512 * 1024       # bytes
 HOPS = 100                      # RFC 5321 6.3
+
+
+def without_empty(header):
+    """header without a Date, Message-ID or From that is empty: it counts as
+    missing. What is signed stays as it is."""
+    if NO_VALUE.search(header) and not DKIM.search(header):
+        return EMPTY.sub(b'', header)
+    return header
 
 
 class Admission:
@@ -1918,6 +1947,7 @@ class IncomingMessage(smtps.Message):
             raise smtps.Refused(552, '5.3.4 the header is too large')
         if not rest.startswith(b'\r\n'):
             rest = b'\r\n' + rest
+        header = without_empty(header)
         self._head = None
         self._store(self._draft.write,
                     self._new_fields(header) + header + rest)
@@ -2172,8 +2202,7 @@ def explain(error, host):
                 host, error.reason or error)
     if isinstance(error, socket.gaierror):
         return 'the name %s is not known: %s' % (host, error.strerror)
-    if isinstance(error, socket.timeout) or isinstance(
-            error.__context__, socket.timeout):
+    if smtps.is_silence(error):
         return '%s does not answer in time' % host
     if hasattr(error, 'smtp_code'):
         return '%s said %d %s' % (host, error.smtp_code,
@@ -2214,6 +2243,24 @@ def port_advice(account):
         return ''
     return '; %s is rarely right for port %d' % (
         'smtpsecurity=' + security, port)
+
+
+NAME_REFUSED = re.compile(
+    r'\b(?:50[14]|550) .*\b(?:helo|ehlo|fqdn|fully[- ]qualified host)', re.I)
+
+
+def name_advice(reply):
+    """What to do if it is our name in EHLO that a server's reply (str) is
+    about, or ''. Many ask for it at MAIL or RCPT only."""
+    if not NAME_REFUSED.search(reply):
+        return ''
+    return '; it does not like the name we give in EHLO: set localhostname ' \
+        'to a full one, such as mail.example.org'
+
+
+# A mail's line of more than 998 bytes, in many words.
+LINE_TOO_LONG = re.compile(
+    r'\blines?\b.{0,40}\b(?:long|longer|length|exceeds?)\b|\b998\b', re.I)
 
 
 ABOUT_RECIPIENT = re.compile(r'5\d\d 5\.(1\.[1-6]|2\.\d+|3\.4)\b')
@@ -4040,8 +4087,11 @@ def auth_cram_md5(ask, user, password):
 
 
 def auth_plain(ask, user, password):
-    """RFC 4616."""
-    return ask('AUTH PLAIN ' + smtps.encoded64('\0%s\0%s' % (user, password)))
+    """RFC 4616. A server that takes no response in the same line says 334
+    (RFC 4954 4)."""
+    response = smtps.encoded64('\0%s\0%s' % (user, password))
+    answer = ask('AUTH PLAIN ' + response)
+    return ask(response) if answer[0] == 334 else answer
 
 
 def auth_login(ask, user, password):
@@ -4286,6 +4336,8 @@ class SignIn:
         self._without_smtp = set()  # families, since SMTP was tried in them
         self._renewals = {}         # {id: how many more a mail has asked for}
         self._renewal = 0           # which one of those is due, 0: none
+        self._last_taken = None     # the mechanism
+        self._stepwise_until = 0.0  # as if PIPELINING were not offered
         self._secrets = secrets_of(account)
         self._told = ()             # of tokens: what nobody may see
         self._renewed = None        # the token that replaced a refused one,
@@ -4467,6 +4519,24 @@ class SignIn:
                 return connect(family)
         return connect(last)
 
+    # PIPELINING.
+
+    def trusts_pipelining(self):
+        """Whether commands may go out in packets where that is offered."""
+        return self._clock() >= self._stepwise_until
+
+    def note_silence(self, in_packets):
+        """The server said nothing in the middle of a mail. in_packets: to
+        commands that were sent together. Then the next connections send one
+        at a time, for a day; if one of them meets silence too, it was
+        something else."""
+        if not in_packets:
+            self._stepwise_until = 0.0
+            return
+        self._stepwise_until = self._clock() + DAY
+        log.info('%s offers PIPELINING, but says nothing when it is used: one '
+                 'command at a time from now on', self.account.server)
+
     # SMTP AUTH.
 
     def by_auth(self, delivery, token=None):
@@ -4505,6 +4575,7 @@ class SignIn:
             code, text = MECHANISMS[name](
                 delivery.ask, account.smtpusername, account.smtppassword)
             if code == 235:
+                self._last_taken = name
                 return name
             answers.append('%s: %d %s' % (
                 name, code, self.redact(smtps.plain(text))))
@@ -4518,7 +4589,9 @@ class SignIn:
                               '; '.join(answers)))
 
     def _mechanisms(self, delivery, known):
-        """Names, best first. Raises AccountUnavailable."""
+        """Names: the one that was taken last time, then best first: some
+        servers offer what they refuse, and count failed logins. Raises
+        AccountUnavailable."""
         if self.account.smtpauth != 'auto':
             return [self.account.smtpauth]
         offered = (delivery.offers('auth') or '').lower().split()
@@ -4530,7 +4603,7 @@ class SignIn:
                     else 'that we know', ' '.join(offered) or 'none at all',
                     '; smtpsecurity=tls, perhaps?'
                     if self.account.smtpsecurity == 'none' else ''))
-        return names
+        return sorted(names, key=lambda name: name != self._last_taken)
 
 
 # --- Courier: takes mails to an account's server ----------------------------
@@ -4542,13 +4615,69 @@ def envelope_sender(mail, account):
 
 
 def envelope_of(mail, account):
-    """The smtps.Envelope of mail as this account sends it."""
-    parameters = {}
-    if 'BODY' in mail.parameters:
-        parameters['BODY'] = mail.parameters['BODY']
-    if 'SMTPUTF8' in mail.parameters and not mail.header().isascii():
-        parameters['SMTPUTF8'] = ''
-    return smtps.Envelope(envelope_sender(mail, account), mail.to, parameters)
+    """The smtps.Envelope of mail as this account sends it. A recipient who
+    is named twice gets it once."""
+    parameters = mail.parameters
+    if 'SMTPUTF8' in parameters and mail.header().isascii():
+        parameters = {keyword: value for keyword, value in
+                      parameters.items() if keyword != 'SMTPUTF8'}
+    return smtps.Envelope(
+        envelope_sender(mail, account), list(dict.fromkeys(mail.to)),
+        parameters, mail.dot - len(b'.\r\n') - mail.start)
+
+
+def our_name(account):
+    """The name for EHLO; '' stands for the address of the connection. Many
+    servers refuse a name without a dot, which says nothing out there."""
+    return account.localhostname or (HOST if '.' in HOST else '')
+
+
+@functools.lru_cache(1000)      # asked for each mail
+def encoded_name(address):
+    """'Name <a@b>' as a header may have it: RFC 2047."""
+    if address.isascii():
+        return address
+    from email.header import Header
+    from email.utils import unquote
+    name, bracket, rest = address.rpartition('<')
+    header = Header(unquote(name.strip()), 'utf-8', header_name='Reply-To')
+    header.append(bracket + rest, 'us-ascii')
+    return header.encode(linesep='\r\n')
+
+
+# RFC 5322 3.6 allows one of each; servers refuse a mail with more.
+ONE_OF_EACH = re.compile(
+    rb'\n(date|message-id|from|sender|reply-to|subject|to|cc)[ \t]*:')
+
+
+def singular(header):
+    """The names (lower-case bytes) in header of which there may be one."""
+    return ONE_OF_EACH.findall(b'\n' + header.lower())
+
+
+def has_one_twice(header):
+    names = singular(header)
+    return len(set(names)) < len(names)
+
+
+def one_of_each(header):
+    """header (bytes) with the first field of each of these names; what else
+    is in a To or Cc joins the first."""
+    for name in set(singular(header)):
+        pattern = smtps.fields_named(name.decode())
+        fields = pattern.findall(header)
+        if name in (b'to', b'cc'):
+            fields = [joined(fields)]
+        kept = fields[:1]
+        header = pattern.sub(lambda _: kept.pop() if kept else b'', header)
+    return header
+
+
+def joined(fields):
+    """One field (bytes) of several with lists of addresses."""
+    name = fields[0].partition(b':')[0]
+    lists = [field.partition(b':')[2].strip(b', \t\r\n') for field in fields]
+    return name + b': ' + b',\r\n\t'.join(filter(None, lists)) + b'\r\n'
 
 
 def dress(mail, account):
@@ -4558,12 +4687,19 @@ def dress(mail, account):
         new += 'Return-Path: <%s>\r\n' % bare_address(account.returnpath)
     if account.replyto:
         unwanted.append('reply-to')
-        new += 'Reply-To: %s\r\n' % account.replyto
+        new += 'Reply-To: %s\r\n' % encoded_name(account.replyto)
     if account.forcefrom:
         unwanted += ['from', 'sender']
-        new += 'From: %s\r\n' % account.forcefrom
-    return new.encode() + smtps.fields_named(*unwanted).sub(
+        new += 'From: %s\r\n' % encoded_name(account.forcefrom)
+    header = new.encode() + smtps.fields_named(*unwanted).sub(
         b'', mail.header())
+    if has_one_twice(header) and not DKIM.search(header):
+        log.info('%s: of several Date, From, Subject and the like the first '
+                 'is sent, To and Cc are joined', mail.id)
+        header = one_of_each(header)
+    if mail.folded:
+        header = b''.join(smtps.folded(header, at_blanks=True))
+    return header
 
 
 @contextlib.contextmanager
@@ -4576,6 +4712,23 @@ def body_of(mail):
         return
     with open(mail.path, 'rb') as file:
         yield smtps.FilePart(file, mail.body, end)
+
+
+# Of a mail whose bytes must stay as they are.
+SIGNED = re.compile(DKIM.pattern + rb'|multipart/(?:signed|encrypted)|'
+                    rb'application/(?:x-)?pkcs7-mime|^-----BEGIN PGP ',
+                    re.IGNORECASE | re.MULTILINE)
+
+
+def may_be_folded(mail):
+    """Whether a mail has lines that a server may find too long, and stays
+    whole if they are broken. Raises OSError."""
+    if mail.folded or SIGNED.search(mail.data, mail.start):
+        return False
+    with body_of(mail) as body:
+        size = sum(len(piece) for part in (mail.header(), body)
+                   for piece in smtps.folded(part))
+    return size > mail.dot - len(b'.\r\n') - mail.start
 
 
 class Courier:
@@ -4596,6 +4749,7 @@ class Courier:
         self._delivery = self._token = None
         self._pop_login = None          # the PopLogin that comes before it
         self._watch = watch
+        self._stepwise = False          # silence was met, see SignIn
 
     @property
     def connected(self):
@@ -4620,6 +4774,8 @@ class Courier:
         self.upcoming = None
         try:
             with body_of(mail) as body:
+                if mail.folded:
+                    body = smtps.folded(body)
                 report = self._send(envelope_of(mail, account),
                                     dress(mail, account), body, following)
         except AccountUnavailable:
@@ -4632,7 +4788,9 @@ class Courier:
             report = smtps.Report(mail.to)
             report.error = error
         if report.error:
-            report.give_up(explain(report.error, self.account.server))
+            report.give_up(explain(report.error, self.account.server) + (
+                ' behind the final dot, without a reply: it may have arrived'
+                if report.unanswered else ''))
         return report
 
     def _send(self, envelope, header, body, following):
@@ -4640,17 +4798,35 @@ class Courier:
         meanwhile, on a new one. Raises AccountUnavailable, OSError."""
         while True:
             self.connect()
-            is_new = not self._delivery.used
+            is_new, in_packets = (
+                not self._delivery.used, self._delivery.pipelining)
+            began = time.monotonic()
             try:
-                return self._delivery.send(
+                report = self._delivery.send(
                     envelope, header, body, self._ahead(following))
+                if smtps.is_silence(report.error) and (
+                        self.upcoming or not in_packets):
+                    self._note_silence(in_packets)
+                return report
             except smtps.ServiceUnavailable as error:
                 if is_new:
                     raise AccountUnavailable(
                         explain(error, self.account.server)) from error
-            except OSError:
-                if is_new:
+            except OSError as error:
+                # The server may lose patience a little sooner than we do.
+                silent = smtps.is_silence(error) or (
+                    time.monotonic() - began > smtps.REPLY_TIME / 2)
+                if silent:
+                    self._note_silence(in_packets)
+                there_is_a_next_try = not self.config.deleteonerror
+                if is_new and (there_is_a_next_try or not (
+                        silent and in_packets)):
                     raise
+
+    def _note_silence(self, in_packets):
+        """For the connections that come, this courier's and others'."""
+        self._stepwise = in_packets
+        self.sign_in.note_silence(in_packets)
 
     def _ahead(self, following):
         """following() in the words of smtps. A POP login may have to come
@@ -4708,6 +4884,8 @@ class Courier:
                 raise
             except Exception as error:
                 raise self._unavailable(stage, error) from error
+        self._delivery.stepwise = (
+            self._stepwise or not self.sign_in.trusts_pipelining())
 
     def _get_token(self, refused):
         """First of all: no server waits for another one."""
@@ -4729,9 +4907,8 @@ class Courier:
 
     def _dial(self):
         account = self.account
-        # Without a name of its own smtplib looks one up, which can take long.
         return smtps.Delivery(
-            account.smtphost, account.smtpport, account.localhostname or HOST,
+            account.smtphost, account.smtpport, our_name(account),
             context_of(account) if account.smtpsecurity == 'ssl' else None,
             self.sign_in.redact, self.config.debuglevel, self._watch,
             self._family())
@@ -4762,9 +4939,10 @@ class Courier:
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""
-        trouble = AccountUnavailable('%s: %s%s%s' % (
-            stage, explain(error, self.account.server),
-            family_advice(self.account, error), port_advice(self.account)))
+        what = explain(error, self.account.server)
+        trouble = AccountUnavailable('%s: %s%s%s%s' % (
+            stage, what, family_advice(self.account, error),
+            port_advice(self.account), name_advice(what)))
         trouble.absent = stage == 'connect' and is_absence(error)
         return trouble
 
@@ -4780,6 +4958,7 @@ class Courier:
 FOREVER = float('inf')
 LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
+UNANSWERED = 3              # copies at most, where each may have arrived
 BACKLOG = 8                 # mails that wait per connection before one more
 
 
@@ -5213,6 +5392,9 @@ class FailurePolicy:
         """Acts on the verdict of one attempt. Returns when the mail may be
         tried again, None if it is delivered, deleted or parked."""
         self._note_verdicts(mail, report, server)
+        if self._gets_further(mail, report, server):
+            self._spool.save(mail)
+            return 0.0
         if mail.to or mail.refused:
             return self._settle_failure(mail, report, server, settings)
         self._spool.remove(mail)
@@ -5237,9 +5419,34 @@ class FailurePolicy:
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
 
+    @staticmethod
+    def _gets_further(mail, report, server):
+        """Whether another attempt, at once, may cure a refusal."""
+        if report.crowded and report.sent:
+            log.info('%s: %s takes no more recipients at a time; the next %d '
+                     'follow', mail.id, server, len(mail.to))
+            return True
+        too_long = [recipient for recipient, reply in report.never.items()
+                    if LINE_TOO_LONG.search(reply)]
+        try:
+            if not too_long or not may_be_folded(mail):
+                return False
+        except OSError:
+            return False
+        log.info('%s: %s takes no lines of more than %d bytes (%s): sent '
+                 'again with such lines folded', mail.id, server,
+                 smtps.TEXT_LINE, report.never[too_long[0]])
+        mail.folded = True
+        for recipient in too_long:
+            del mail.refused[recipient]
+            mail.to.append(Address(recipient))
+        return True
+
     def _settle_failure(self, mail, report, server, settings):
         why = why_not(mail, report, server)
+        why += name_advice(why)
         mail.tries += 1
+        mail.unanswered += report.unanswered
         mail.problem, mail.handled, mail.parked = why, True, False
         if settings.config.deleteonerror:
             log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
@@ -5247,7 +5454,8 @@ class FailurePolicy:
                           mail, [*mail.refused, *mail.to]))
             self._spool.remove(mail)
             return None
-        if not mail.to or self.is_expired(mail.id, settings):
+        if not mail.to or mail.unanswered == UNANSWERED or (
+                self.is_expired(mail.id, settings)):
             self.park(mail, why, settings)
             return None
         wait = back_off(mail.tries, settings.config)
@@ -5283,6 +5491,9 @@ class FailurePolicy:
         """Keeps a mail until the owner asks for another try."""
         what = 'refused for good' if not mail.to else (
             'not delivered in %d days' % settings.config.retrydays)
+        if mail.unanswered == UNANSWERED:
+            what = 'it may have arrived, %d times' % mail.unanswered
+        mail.unanswered = 0
         mail.to += [Address(a) for a in mail.refused]
         mail.refused, mail.parked, mail.due = {}, True, 0.0
         mail.problem, mail.handled = why, True

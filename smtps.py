@@ -121,6 +121,7 @@ log = logging.getLogger('smtps')
 CHUNK = 65536           # bytes read from a socket, or kept before a write
 COMMAND_LINE = 2048     # bytes; RFC 5321 4.5.3.1.4 asks for 512 and more
 LONG_LINE = 1000        # bytes; RFC 5321 4.5.3.1.6; longer ones go in pieces
+TEXT_LINE = 998         # bytes; the same without its CRLF
 AUTH_LINE = 12288       # bytes; RFC 4954 section 4
 RECIPIENTS = 1000       # a mail; RFC 5321 4.5.3.1.8 asks for 100 and more
 ERRORS = 20             # refused commands until a session is ended
@@ -268,13 +269,15 @@ class DataReader:
     Only CRLF.CRLF ends a mail (RFC 5321 4.1.1.4). CR CR LF, a bare LF and a
     bare CR inside become CRLF, and a line that is then a single dot is sent
     as two: whatever another server takes for an end of data, it will not
-    find it in a mail of ours (SMTP smuggling, CVE-2023-51764).
+    find it in a mail of ours (SMTP smuggling, CVE-2023-51764). No client
+    doubles a dot behind a bare CR, which is no line end for it: we do.
 
     size: int, bytes seen of the mail; amount: those that take() would return
     now; rest: None, or the bytes behind the mail."""
 
     END = b'\r\n.\r\n'
     LINE_END = re.compile(rb'\r{0,2}\n|\r')
+    DATA_LINE_END = re.compile(rb'\r{0,2}\n|\r(\.?)')
     # There are servers that drop NUL before they look. More than 199 of them
     # at the start of a line are cut, so that a line of nothing but NUL and a
     # dot is never so long that it is let go in pieces.
@@ -337,7 +340,7 @@ class DataReader:
                 and b'\0' not in piece and not piece.endswith(b'\n.')):
             return piece
         return self.LONE_DOT.sub(
-            b'\r\n.', self.LINE_END.sub(b'\r\n', piece))
+            b'\r\n.', self.DATA_LINE_END.sub(rb'\r\n\1\1', piece))
 
 
 # --- Wire: addresses, headers and bytes, for both ends ----------------------
@@ -1372,6 +1375,8 @@ DOT_TIME = 600          # seconds; RFC 5321 4.5.3.2.6: no second copies
 QUIT_TIME = 5           # seconds for a goodbye that nothing depends on
 REPLY_SIZE = 65536      # bytes of a whole reply
 
+BODIES = '7BIT', '8BITMIME'     # RFC 6152; what we can say of a mail
+TOO_MANY = 452, 552             # recipients, at RCPT
 NOT_ASKED = 503, 'not asked for'
 
 
@@ -1440,18 +1445,21 @@ class ServiceUnavailable(OSError):
 
 
 class Envelope(NamedTuple):
-    """sender: str, '' for the null sender; recipients: list of str, both
-    bare addresses; parameters of MAIL: dict of upper-case keyword -> str. BODY
-    goes along if the server offers 8BITMIME. SMTPUTF8 says that the header
-    needs it; that an address does is seen."""
+    """sender: str, '' for the null sender; recipients: list of str, each one
+    once; all are bare addresses. parameters of MAIL: dict of upper-case
+    keyword -> str; those that we understand (BODY=7BIT, BODY=8BITMIME,
+    SMTPUTF8) go along to a server that offers them. size: bytes of the
+    message, 0 if not known."""
     sender: str
     recipients: list
     parameters: dict = {}
+    size: int = 0
 
     def needs_utf8(self):
-        """RFC 6531: something that only an SMTPUTF8 server understands."""
-        return 'SMTPUTF8' in self.parameters or not (
-            self.sender + ''.join(self.recipients)).isascii()
+        """RFC 6531: an address that only an SMTPUTF8 server understands. No
+        header is a reason to refuse a mail: many clients ask for SMTPUTF8
+        wherever it is offered, and servers take raw UTF-8 there."""
+        return not (self.sender + ''.join(self.recipients)).isascii()
 
 
 class FilePart(NamedTuple):
@@ -1461,6 +1469,45 @@ class FilePart(NamedTuple):
     end: int
 
 
+def folded(content, at_blanks=False):
+    """content (bytes or FilePart, lines end with CRLF) in pieces (bytes) whose
+    lines have at most TEXT_LINE bytes: longer ones go on in a new line that
+    begins with a blank. at_blanks: such a line is broken before a blank of its
+    own, if there is one, as a header may be (RFC 5322 2.2.3). Raises OSError.
+    """
+    if isinstance(content, bytes):
+        content = FilePart(io.BytesIO(content), 0, len(content))
+    file, left = content.file, content.end - content.start
+    file.seek(content.start)
+    line, piece = b'', bytearray()
+    while left:
+        more = file.readline(min(left, LONG_LINE - len(line)))
+        if not more:
+            raise OSError('the file of this mail has become shorter')
+        line, left = line + more, left - len(more)
+        if len(line) < LONG_LINE or line.endswith(b'\n'):
+            begin, line = line, b''
+        else:
+            begin, line = broken(line, at_blanks)
+        piece += begin
+        if len(piece) >= CHUNK:
+            yield bytes(piece)
+            piece.clear()
+    yield bytes(piece) + line
+
+
+def broken(line, at_blanks):
+    """A line (bytes) that is too long, in two."""
+    at = max(line.rfind(b' ', 0, TEXT_LINE + 1),
+             line.rfind(b'\t', 0, TEXT_LINE + 1)) if at_blanks else 0
+    if line[:max(at, 0)].strip():
+        return line[:at] + b'\r\n', line[at:]
+    at = TEXT_LINE
+    while line[at] & 0xC0 == 0x80 and at > TEXT_LINE - 3:   # inside of UTF-8
+        at -= 1
+    return line[:at] + b'\r\n', b' ' + line[at:]
+
+
 class Report:
     """What became of each recipient at one attempt.
 
@@ -1468,10 +1515,13 @@ class Report:
     refused for good. stages: {recipient: what the reply was to}: mail, rcpt,
     data or dot; '' if no server said it. open: list of those without a verdict
     yet. error: None, or the OSError that ended the connection before all had
-    theirs."""
+    theirs. unanswered: bool, it ended behind the final dot, so those may have
+    the mail. crowded: bool, some of later were too many for one transaction:
+    if there are any in sent, the rest may go with the next one, at once."""
 
     def __init__(self, recipients):
         self.open, self.error = list(recipients), None
+        self.unanswered = self.crowded = False
         self.sent, self.later, self.never, self.stages = {}, {}, {}, {}
 
     def settle(self, recipient, code, text, stage=''):
@@ -1482,8 +1532,21 @@ class Report:
             code, text), stage
         self.open.remove(recipient)
 
+    def settle_rcpt(self, replies):
+        """Files who was refused at RCPT; replies: [(code, text)]. Where some
+        are taken, 552 says as 452 does that these are too many for one
+        transaction (RFC 5321 4.5.3.1.10). If it meant them, it will say so
+        when they come without the others."""
+        refused = [(recipient, reply) for recipient, reply in zip(
+            self.open, replies) if reply[0] >= 300]
+        some_are_taken = len(refused) < len(self.open)
+        for recipient, (code, text) in refused:
+            if some_are_taken and code in TOO_MANY:
+                self.crowded, code = True, 452
+            self.settle(recipient, code, text, 'rcpt')
+
     def settle_all(self, code, text, stage=''):
-        """The same for all that are open."""
+        """One reply for all that are open."""
         for recipient in self.open[:]:
             self.settle(recipient, code, text, stage)
 
@@ -1546,6 +1609,18 @@ def limit_wait(sock, seconds):
     would cost a system call each time."""
     if abs(sock.gettimeout() - seconds) > 1:
         sock.settimeout(seconds)
+
+
+def is_silence(error):
+    """Whether an exception says that the other end was silent for so long."""
+    return isinstance(error, socket.timeout) or isinstance(
+        getattr(error, '__context__', None), socket.timeout)
+
+
+def address_literal(address):
+    """An IP address (str) as a name in EHLO (RFC 5321 4.1.3)."""
+    address = address.partition('%')[0]     # fe80::1%eth0
+    return '[%s%s]' % ('IPv6:' if ':' in address else '', address)
 
 
 class SmtpDialogue:
@@ -1615,30 +1690,41 @@ class Delivery:
     If the server offers PIPELINING (RFC 2920), the envelope is one packet, and
     that of the next mail goes right behind the final dot of this one: a mail
     costs one round trip instead of four. An envelope that is under way can't
-    be taken back. So what following() returned must be sent next.
+    be taken back. So what following() returned must be sent next. Some
+    servers, and virus scanners in between, offer it and read one command of a
+    packet: see is_silence().
 
-    used: bool, a mail has gone this way, be it refused."""
+    used: bool, a mail has gone this way, be it refused. stepwise: bool, may
+    be set: one command at a time, whatever the server offers."""
 
     def __init__(self, host, port, name, tls=None, redact=str, debuglevel=0,
                  watch=unwatched, family=socket.AF_UNSPEC):
-        """Connects and hears the greeting. host, name (for EHLO): str; tls:
-        an ssl.SSLContext if TLS begins at once; redact: callable(str) -> str,
-        takes secrets out of what the server says; debuglevel: 1 or more logs
-        the dialogue at INFO; watch: see unwatched(); family: AF_INET or
-        AF_INET6 if no other will do. Raises OSError, ValueError or
-        LookupError (an impossible host name), ImportError."""
+        """Connects and hears the greeting. host: str; name: str, for EHLO, ''
+        for the address of our end; tls: an ssl.SSLContext if TLS begins at
+        once; redact: callable(str) -> str, takes secrets out of what the
+        server says; debuglevel: 1 or more logs the dialogue at INFO; watch:
+        see unwatched(); family: AF_INET or AF_INET6 if no other will do.
+        Raises OSError, ValueError or LookupError (an impossible host name),
+        ImportError."""
         self._host, self._port = host, port
         self._redact, self._debuglevel = redact, debuglevel
         self._smtp = dialogue_class()(
             host, port, name, tls, redact, debuglevel, watch, family)
         self._smtp.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._smtp.local_hostname = name or address_literal(
+            self._smtp.sock.getsockname()[0])
         self._under_way = None      # the Envelope behind the last final dot
         self._unfinished = False    # a transaction needs RSET
-        self.used = False
+        self.used = self.stepwise = False
 
     @property
     def connected(self):
         return self._smtp is not None
+
+    @property
+    def pipelining(self):
+        """Commands are sent before the ones before them are answered."""
+        return not self.stepwise and self.offers('pipelining') is not None
 
     # Before the mail.
 
@@ -1680,17 +1766,18 @@ class Delivery:
     def send(self, envelope, header, body, following=None):
         """Sends one mail; returns its Report, raises OSError (see above).
 
-        header: bytes, its lines as on the wire; body: bytes or FilePart, as
-        on the wire (dots doubled, no final dot), from the empty line on.
+        header: bytes, its lines as on the wire; body: bytes, FilePart or an
+        iterable of bytes, as on the wire (dots doubled, no final dot), from
+        the empty line on.
         following: callable() -> the Envelope of the mail that will be sent
         next, or None; asked once, when the server wants this mail's content.
         """
         if not self.connected:
             raise OSError('the connection is closed')
         report = Report(envelope.recipients)
-        if not self._understands(envelope):
-            report.settle_all(550, '5.6.7 needs SMTPUTF8, which %s:%d does '
-                              'not offer' % (self._host, self._port))
+        refusal = self._refusal_of(envelope)
+        if refusal:
+            report.settle_all(*refusal)
             return report
         replies = self._begin(envelope)
         try:
@@ -1706,9 +1793,16 @@ class Delivery:
             raise
         return report
 
-    def _understands(self, envelope):
-        return (not envelope.needs_utf8()
-                or self.offers('smtputf8') is not None)
+    def _refusal_of(self, envelope):
+        """(code, text) if the server need not be asked, else None."""
+        if envelope.needs_utf8() and self.offers('smtputf8') is None:
+            return 550, '5.6.7 needs SMTPUTF8, which %s:%d does not offer' % (
+                self._host, self._port)
+        largest = self.offers('size') or ''     # 0: it has no limit
+        if largest.isdecimal() and 0 < int(largest) < envelope.size:
+            return 552, '5.3.4 it has %d bytes, %s:%d takes %s at most' % (
+                envelope.size, self._host, self._port, largest)
+        return None
 
     def _begin(self, envelope):
         """MAIL, RCPT, DATA; returns the replies: MAIL's, a list of RCPT's,
@@ -1719,7 +1813,7 @@ class Delivery:
             if self._unfinished:
                 self._command(b'RSET\r\n', ServiceUnavailable)
             self._unfinished = True
-            if self.offers('pipelining') is None:
+            if not self.pipelining:
                 return self._one_by_one(*self._commands(envelope))
             if self._under_way is None:
                 self._send(self._packet(envelope))
@@ -1744,12 +1838,7 @@ class Delivery:
 
     def _commands(self, envelope):
         """The envelope as command lines (bytes): MAIL, [RCPT], DATA."""
-        mail = 'MAIL FROM:<%s>' % envelope.sender
-        body = envelope.parameters.get('BODY')
-        if body is not None and self.offers('8bitmime') is not None:
-            mail += ' BODY=' + body.upper()
-        if envelope.needs_utf8():
-            mail += ' SMTPUTF8'
+        mail = 'MAIL FROM:<%s>' % envelope.sender + self._parameters(envelope)
         lines = [mail] + ['RCPT TO:<%s>' % address
                           for address in envelope.recipients]
         if any('\r' in line or '\n' in line for line in lines):
@@ -1757,15 +1846,26 @@ class Delivery:
         mail, *recipients = [line.encode() + b'\r\n' for line in lines]
         return mail, recipients, b'DATA\r\n'
 
+    def _parameters(self, envelope):
+        """What goes behind the sender (str)."""
+        words, asked = '', envelope.parameters
+        body = asked.get('BODY', '').upper()
+        if body in BODIES and self.offers('8bitmime') is not None:
+            words += ' BODY=' + body
+        if envelope.needs_utf8() or asked.get('SMTPUTF8') == '' and (
+                self.offers('smtputf8') is not None):
+            words += ' SMTPUTF8'
+        if envelope.size and self.offers('size') is not None:
+            words += ' SIZE=%d' % envelope.size
+        return words
+
     @staticmethod
     def _wants_content(report, mail, recipients, data):
         """Files those who were refused; True if the server waits for the
         content. Raises OSError if the replies make no sense."""
         if mail[0] >= 300:
             report.settle_all(*mail, 'mail')
-        for recipient, reply in zip(report.open[:], recipients):
-            if reply[0] >= 300:
-                report.settle(recipient, *reply, 'rcpt')
+        report.settle_rcpt(recipients)
         if data[0] == 354:
             return True
         if data[0] < 400:
@@ -1785,7 +1885,9 @@ class Delivery:
         except ConnectionError as error:
             self._hear_why(report, error)
             return
+        report.unanswered = True
         reply = self._any_reply(DOT_TIME)
+        report.unanswered = False
         if 300 <= reply[0] < 400:
             raise OSError('the final dot was answered %d %s' % reply)
         report.settle_all(*reply, 'dot')
@@ -1794,23 +1896,29 @@ class Delivery:
 
     def _ask_ahead(self, following):
         """The next envelope (bytes), to go behind the final dot."""
-        if following is None or self.offers('pipelining') is None:
+        if following is None or not self.pipelining:
             return b''
         envelope = following()
-        if envelope is None or not self._understands(envelope):
+        if envelope is None or self._refusal_of(envelope):
             return b''
         packet, self._under_way = self._packet(envelope), envelope
         return packet
 
     def _send_content(self, header, body, end):
-        if not isinstance(body, FilePart):
+        if isinstance(body, bytes):
             self._send(header + body + end)
             return
         self._send(header)
-        size = body.end - body.start
-        if self._smtp.sock.sendfile(body.file, body.start, size) < size:
-            raise OSError('the file of this mail has become shorter')
+        if isinstance(body, FilePart):
+            self._send_file(body.file, body.start, body.end - body.start)
+        else:
+            for piece in body:
+                self._send(piece)
         self._send(end)
+
+    def _send_file(self, file, start, size):
+        if self._smtp.sock.sendfile(file, start, size) < size:
+            raise OSError('the file of this mail has become shorter')
 
     def _hear_why(self, report, error):
         """A server that refuses in the middle of a mail says so first; else

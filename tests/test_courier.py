@@ -2,18 +2,20 @@
 follow a script. The protocol of a delivery is in test_delivery.py, what
 becomes of a mail that could not be delivered in test_relay.py."""
 import base64
+import email
 import re
 import socket
 import ssl
 import unittest
+from email.header import decode_header, make_header
 from unittest import mock
 
 import smtpproxy
 import smtps
 from tests.case import A, B, SENDER, FolderCase
 from tests.fakes import (
-    CERTIFICATE, DROP, ENDLESS_LINE, EXTENSIONS, Clock, FakePOP, FakeSMTP,
-    server_tls, wait_until)
+    CERTIFICATE, DROP, ENDLESS_LINE, EXTENSIONS, HANG, Clock, FakePOP,
+    FakeSMTP, server_tls, wait_until)
 
 C = 'c@example.org'
 USER, PASSWORD = 'me', 'geheim%%'
@@ -623,6 +625,53 @@ class SigningIn(CourierCase):
                 self.assertSent(self.deliver(self.courier(smtp, **LOGIN)))
                 self.assertEqual(USER, smtp.mails[0].user)
 
+    def test_one_that_was_refused_is_not_tried_first_again(self):
+        """Failed logins feed fail2ban."""
+        smtp = self.smtp({'AUTH CRAM-MD5': '535 5.7.8 not that one'},
+                         users=USERS, mechanisms=self.ALL)
+        first = self.courier(smtp, **LOGIN)
+        self.assertSent(self.deliver(first))
+
+        for _ in range(2):
+            self.assertSent(self.deliver(
+                self.another(first.sign_in, first.config)))
+
+        self.assertEqual(['CRAM-MD5', 'PLAIN', 'PLAIN', 'PLAIN'], [
+            line.split()[1] for line in smtp.commands
+            if line.startswith('AUTH')])
+
+    def test_the_last_one_that_was_taken_may_be_refused_one_day(self):
+        smtp = self.smtp(users=USERS, mechanisms=['PLAIN'])
+        first = self.courier(smtp, **LOGIN)
+        self.assertSent(self.deliver(first))
+        smtp.mechanisms = ['PLAIN', 'LOGIN']
+        smtp.script['AUTH PLAIN'] = '535 5.7.8 not that one'
+
+        self.assertSent(self.deliver(
+            self.another(first.sign_in, first.config)))
+
+    def test_plain_goes_in_two_steps_where_one_is_too_much(self):
+        """RFC 4954 4: 334 asks for what some servers do not take at once."""
+        def ask_for_it(conversation):
+            conversation.say('334 ')
+            answer = base64.b64decode(conversation.read_text()).decode()
+            right = answer == '\0%s\0%s' % (USER, PASSWORD)
+            return '235 ok' if right else '535 no'
+        smtp = self.smtp({'AUTH PLAIN': ask_for_it})
+
+        self.assertSent(self.deliver(self.courier(smtp, **LOGIN)))
+
+        self.assertEqual('', smtp.mails[0].user)
+
+    def test_the_old_form_of_the_offer_counts(self):
+        """AUTH=PLAIN, from before RFC 2554."""
+        for offers in ['AUTH=LOGIN PLAIN'], ['AUTH=PLAIN', 'AUTH NTLM']:
+            smtp = self.smtp(users=USERS, extensions=offers, mechanisms=())
+            smtp.script['AUTH'] = '235 2.7.0 ok'
+            with self.subTest(offers), mock.patch.object(
+                    FakeSMTP.TALK, 'do_AUTH', FakeSMTP.TALK.simple):
+                self.assertSent(self.deliver(self.courier(smtp, **LOGIN)))
+
     def test_smtpauth_forces_one_mechanism(self):
         for forced in self.ALL:
             with self.subTest(forced):
@@ -786,6 +835,39 @@ class Secrets(CourierCase):
                              + said(report))
 
 
+class OurName(CourierCase):
+    """In EHLO. RFC 5321 4.1.4: a full name, or else the address."""
+
+    def test_a_box_without_a_full_name_gives_its_address(self):
+        for host, key, name in (('vm', '', '[127.0.0.1]'),
+                                ('vm.home.lan', '', 'vm.home.lan'),
+                                ('vm', 'box', 'box')):
+            with self.subTest(host=host, localhostname=key):
+                smtp = self.smtp()
+
+                with mock.patch.object(smtpproxy, 'HOST', host):
+                    self.assertSent(self.deliver(self.courier(
+                        smtp, localhostname=key)))
+
+                self.assertEqual(name, smtp.mails[0].hello)
+
+    def test_addresses_have_their_form(self):
+        for address, name in (('192.0.2.1', '[192.0.2.1]'),
+                              ('2001:db8::1', '[IPv6:2001:db8::1]'),
+                              ('fe80::1%eth0', '[IPv6:fe80::1]')):
+            self.assertEqual(name, smtps.address_literal(address))
+
+    def test_a_refused_name_says_what_to_do(self):
+        for reply in ('504 5.5.2 <vm>: Helo command rejected: need '
+                      'fully-qualified hostname', '501 Syntactically invalid '
+                      'EHLO argument(s)', '550 Invalid HELO name'):
+            self.assertUnavailable(self.deliver(self.courier(self.smtp(
+                {'EHLO': reply, 'HELO': reply}))), 'set localhostname')
+        for reply in ('504 5.5.2 <a>: Sender address rejected: need '
+                      'fully-qualified address', '503 EHLO first', '550 no'):
+            self.assertEqual('', smtpproxy.name_advice(reply))
+
+
 class Dressed(CourierCase):
     """What the account changes: the header's bytes, and nothing else."""
 
@@ -812,6 +894,34 @@ class Dressed(CourierCase):
          b'Reply-To: Me <me@example.org>\r\nX: \xe4\xff\r\n'
          b'Reply-To-Not: 1\r\n', 'bounce@example.org'),
         ({}, b'', b'', SENDER))
+    ONCE = (        # header in, header out
+        (b'From: a@b\r\nX: 1\r\nFROM: c@d\r\nSubject : s\r\n t\r\nX: 1\r\n'
+         b'subject: u\r\n', b'From: a@b\r\nX: 1\r\nSubject : s\r\n t\r\n'
+         b'X: 1\r\n'),
+        (b'Date: 1\r\nDate: 2\r\nMessage-ID: <1>\r\nMessage-Id: <2>\r\n'
+         b'Sender: a@b\r\nSender: c@d\r\nReply-To: a\r\nReply-To: b\r\n',
+         b'Date: 1\r\nMessage-ID: <1>\r\nSender: a@b\r\nReply-To: a\r\n'),
+        (b'To: a@b,\r\n\tc@d\r\nCC: e@f\r\nto: g@h,\r\ncc:\r\nTo: i@j\r\n',
+         b'To: a@b,\r\n\tc@d,\r\n\tg@h,\r\n\ti@j\r\nCC: e@f\r\n'),
+        (b'To:\r\nTo: Me <a@b>\r\n', b'To: Me <a@b>\r\n'),
+        (b'Received: 1\r\nReceived: 1\r\nResent-To: a\r\nResent-To: b\r\n',
+         b'Received: 1\r\nReceived: 1\r\nResent-To: a\r\nResent-To: b\r\n'),
+        (b'DKIM-Signature: v=1\r\nTo: a\r\nTo: b\r\nFrom: c\r\nFrom: d\r\n',
+         b'DKIM-Signature: v=1\r\nTo: a\r\nTo: b\r\nFrom: c\r\nFrom: d\r\n'))
+
+    def test_of_what_there_may_be_one_the_first_is_sent(self):
+        """RFC 5322 3.6; Gmail: 550 5.7.1 multiple 'From' headers."""
+        smtp = self.smtp()
+        courier = self.courier(smtp)
+        for before, after in self.ONCE:
+            with self.subTest(before), self.assertLogs() as logs:
+                smtpproxy.log.info('begins')
+                self.assertSent(self.deliver(
+                    courier, self.mail(before + b'\r\nTo: x\r\nTo: y\r\n')))
+
+                self.assertEqual(after + b'\r\nTo: x\r\nTo: y\r\n',
+                                 smtp.mails[-1].data)
+                self.assertEqual(before != after, len(logs.output) == 2)
 
     def test_the_header_changes_as_asked_and_the_body_never(self):
         smtp = self.smtp()
@@ -824,6 +934,24 @@ class Dressed(CourierCase):
                 mail = smtp.wait(count + 1)[count]
                 self.assertEqual(after + self.BODY, mail.data)
                 self.assertEqual(sender, mail.sender)
+
+    def test_a_name_with_letters_beyond_ascii_is_encoded(self):
+        """RFC 2047."""
+        for name in ('Büro', 'Büro, Süd', 'Büro ' * 30 + 'x', '☃ "am" Tor'):
+            for value in name, '"%s"' % name.replace('"', '\\"'):
+                smtp, value = self.smtp(), value + ' <me@example.org>'
+                with self.subTest(value):
+                    self.assertSent(self.deliver(self.courier(
+                        smtp, forcefrom=value, replyto=value)))
+
+                    data = smtp.mails[0].data
+                    self.assertTrue(data.isascii())
+                    self.assertLess(max(map(len, data.splitlines())), 79)
+                    message = email.message_from_bytes(data)
+                    for field in 'From', 'Reply-To':
+                        self.assertEqual(
+                            name + ' <me@example.org>', str(make_header(
+                                decode_header(message[field]))))
 
     def test_the_same_in_a_large_mail(self):
         smtp, body = self.smtp(), self.BODY + b'0123456789abcde\n'.replace(
@@ -916,7 +1044,19 @@ class Content(CourierCase):
                 self.assertSent(self.deliver(self.courier(smtp), mail),
                                 *mail.to)
 
-                self.assertEqual(parameters, smtp.mails[0].parameters)
+                self.assertEqual(
+                    dict(parameters, SIZE='%d' % len(smtp.mails[0].data)),
+                    smtp.mails[0].parameters)
+
+    def test_a_recipient_who_is_named_twice_gets_the_mail_once(self):
+        """One verdict each: 250 and 550 for the same one would park what has
+        arrived."""
+        smtp = self.smtp({'RCPT TO:<a@': ['250 2.1.5 ok', '550 5.5.0 again']})
+
+        report = self.deliver(self.courier(smtp), self.mail(to=[A, B, A]))
+
+        self.assertSent(report, A, B)
+        self.assertEqual([A, B], smtp.mails[0].to)
 
 
 class Connections(CourierCase):
@@ -1004,6 +1144,110 @@ class Connections(CourierCase):
 
         wait_until(lambda: not smtp.open)
         self.assertEqual('QUIT', self.verbs(smtp)[-1])
+
+
+def swallow(conversation):
+    """An action: what came together with this command is lost."""
+    conversation.socket.settimeout(0)
+    lost = conversation.file.peek()
+    conversation.socket.settimeout(None)
+    conversation.file.read(len(lost))
+    return '250 2.0.0 ok' if conversation.line != '.' else None
+
+
+class OneCommandOfAPacket(CourierCase):
+    """PIPELINING is offered, and what comes together is lost. Virus scanners
+    between us and the server do so."""
+
+    def setUp(self):
+        super().setUp()
+        for name in 'REPLY_TIME', 'DOT_TIME':
+            patch = mock.patch.object(smtps, name, .2)
+            patch.start()
+            self.addCleanup(patch.stop)
+
+    def test_the_next_connections_send_one_command_at_a_time(self):
+        smtp = self.smtp({'MAIL': swallow})
+        courier = self.courier(smtp, {'deleteonerror': False})
+
+        with self.assertLogs(level='INFO') as logs:
+            report = self.deliver(courier)
+        self.assertIn('does not answer in time', report.later[A])
+        for _ in range(2):
+            self.assertSent(self.deliver(self.another(
+                courier.sign_in, courier.config)))
+
+        self.assertEqual(3, smtp.connections)
+        self.assertIn('PIPELINING', logs.output[0])
+
+    def test_no_mail_is_deleted_for_it(self):
+        """deleteonerror=true: there is no later try."""
+        smtp = self.smtp({'MAIL': swallow})
+
+        self.assertSent(self.deliver(self.courier(
+            smtp, {'deleteonerror': True})))
+
+        self.assertEqual(2, smtp.connections)
+
+    def test_a_server_that_hangs_up_after_the_silence_is_one(self):
+        def lose_patience(conversation):
+            conversation.pause(.15)
+            return DROP
+        courier = self.courier(self.smtp({'MAIL': [lose_patience, None]}))
+
+        self.assertSent(self.deliver(courier))
+
+        self.assertFalse(courier.sign_in.trusts_pipelining())
+
+    def test_a_connection_that_breaks_at_once_is_no_sign(self):
+        smtp = self.smtp({'MAIL': DROP})
+        courier = self.courier(smtp)
+
+        with mock.patch.object(smtps, 'REPLY_TIME', 30):
+            self.deliver(courier)
+
+        self.assertEqual(1, smtp.connections)
+        self.assertTrue(courier.sign_in.trusts_pipelining())
+
+    def test_so_does_the_next_if_its_envelope_is_lost_behind_the_dot(self):
+        smtp = self.smtp({'.': swallow})
+        courier, second = self.courier(smtp), self.mail(to=[B])
+
+        self.assertSent(self.deliver(
+            courier, following=lambda: (second, courier.account)))
+        self.assertSent(self.deliver(courier, second), B)
+
+        self.assertEqual(2, smtp.connections)
+        self.assertFalse(courier.sign_in.trusts_pipelining())
+
+    def test_a_day_later_the_server_is_trusted_again(self):
+        courier = self.courier(self.smtp({'MAIL': [swallow, None]}))
+        self.deliver(courier)
+
+        for seconds, trusted in (86399, False), (1, True):
+            self.clock.advance(seconds)
+            self.assertEqual(trusted, courier.sign_in.trusts_pipelining())
+
+    def test_a_server_that_is_silent_anyway_is_trusted_again(self):
+        smtp = self.smtp({'MAIL': HANG})
+        courier = self.courier(smtp)
+
+        report = self.deliver(courier)
+
+        self.assertIn('does not answer in time', report.later[A])
+        self.assertEqual(2, smtp.connections)
+        self.assertTrue(courier.sign_in.trusts_pipelining())
+
+    def test_silence_behind_the_final_dot_is_no_sign(self):
+        """Nothing else was in flight. A second copy is not tried for."""
+        for extensions in EXTENSIONS, ():
+            smtp = self.smtp({'.': HANG}, extensions=extensions)
+            courier = self.courier(smtp)
+
+            self.assertIn('in time', self.deliver(courier).later[A])
+
+            self.assertEqual(1, smtp.connections)
+            self.assertTrue(courier.sign_in.trusts_pipelining())
 
 
 class Unavailable(CourierCase):

@@ -266,6 +266,22 @@ class Content(DeliveryCase):
 
                 self.assertEqual(expected, self.server.mails[0].parameters)
 
+    def test_nothing_that_a_client_made_up_is_handed_on(self):
+        """A strict server refuses it for good."""
+        for parameters, expected in (
+                ({'BODY': '7bit'}, {'BODY': '7BIT'}),
+                ({'BODY': 'BINARYMIME'}, {}), ({'BODY': 'FOO'}, {}),
+                ({'BODY': ''}, {}), ({'SMTPUTF8': 'x'}, {}),
+                ({'SMTPUTF8': '\udcff'}, {}), ({'RET': 'FULL'}, {}),
+                ({'AUTH': '<>', 'SIZE': '7'}, {})):
+            with self.subTest(parameters):
+                delivery = self.delivery()
+
+                self.assertSent(delivery.send(
+                    envelope(**parameters), HEADER, BODY))
+
+                self.assertEqual(expected, self.server.mails[0].parameters)
+
     def test_smtputf8_is_used_only_where_needed(self):
         for asked, expected in ((envelope(NAME), {'SMTPUTF8': ''}),
                                 (envelope(SMTPUTF8=''), {'SMTPUTF8': ''}),
@@ -286,6 +302,51 @@ class Content(DeliveryCase):
         self.assertIn('550 5.6.7 needs SMTPUTF8', report.never[NAME])
         self.assertSent(delivery.send(envelope(), HEADER, BODY))
 
+    def test_smtputf8_that_no_address_needs_keeps_no_mail_back(self):
+        """Go's library asks for it wherever it is offered."""
+        delivery = self.delivery(extensions=('PIPELINING',))
+
+        report = delivery.send(envelope(SMTPUTF8=''),
+                               'Subject: Grüße\r\n'.encode(), BODY)
+
+        self.assertSent(report)
+        self.assertEqual({}, self.server.mails[0].parameters)
+
+    def test_the_size_goes_along_where_it_is_offered(self):
+        for extensions, expected in ((EXTENSIONS, {'SIZE': '24'}), ((), {})):
+            with self.subTest(extensions=extensions):
+                delivery = self.delivery(extensions=extensions)
+
+                self.assertSent(delivery.send(
+                    envelope()._replace(size=24), HEADER, BODY))
+
+                self.assertEqual(expected, self.server.mails[0].parameters)
+
+    def test_what_is_larger_than_the_server_takes_is_not_sent_there(self):
+        for offer, size, refused in (
+                ('SIZE 100', 101, True), ('SIZE 100', 100, False),
+                ('SIZE 0', 10 ** 9, False), ('SIZE', 10 ** 9, False),
+                ('SIZE many', 10 ** 9, False)):
+            with self.subTest(offer, size=size):
+                delivery = self.delivery(extensions=[offer])
+
+                report = delivery.send(
+                    envelope()._replace(size=size), HEADER, BODY)
+
+                self.assertEqual(refused, '552 5.3.4' in str(report.never))
+                self.assertEqual(refused, 'MAIL' not in self.verbs())
+
+    def test_what_is_too_large_does_not_go_ahead_either(self):
+        delivery = self.delivery(extensions=['PIPELINING', 'SIZE 100'])
+        large = envelope(B)._replace(size=101)
+
+        self.assertSent(delivery.send(
+            envelope(), HEADER, BODY, lambda: large))
+
+        self.assertEqual([B], list(delivery.send(
+            large, HEADER, BODY).never))
+        self.assertEqual(['EHLO', 'MAIL', 'RCPT', 'DATA'], self.verbs())
+
     def test_no_address_brings_a_command_of_its_own(self):
         for address in 'a@x>\r\nRSET', 'a@x\nb', 'a@x\rb':
             delivery = self.delivery()
@@ -293,6 +354,67 @@ class Content(DeliveryCase):
                 delivery.send(envelope(address), HEADER, BODY)
 
             self.assertEqual(['EHLO'], self.verbs())
+
+
+class Folded(unittest.TestCase):
+    """Lines of more than 998 bytes, for servers that take none."""
+
+    def folded(self, content, **options):
+        """The same from memory and from a file."""
+        with tempfile.TemporaryFile() as file:
+            file.write(b'12345' + content + b'67890')
+            part = smtps.FilePart(file, 5, 5 + len(content))
+            pieces = list(smtps.folded(part, **options))
+        self.assertEqual(b''.join(pieces), b''.join(
+            smtps.folded(content, **options)))
+        self.assertLess(max(map(len, pieces)), 70000)
+        return b''.join(pieces)
+
+    def test_no_line_is_too_long_and_nothing_is_lost(self):
+        for length in (0, 1, 997, 998, 999, 1000, 1001, 1995, 1996, 8000,
+                       200000):
+            for before in b'', b'.. a\r\n\r\n':
+                with self.subTest(length, before=before):
+                    content = before + b'x' * length + b'\r\nend\r\n'
+
+                    result = self.folded(content)
+
+                    self.assertLessEqual(
+                        max(map(len, result.split(b'\r\n'))), 998)
+                    self.assertEqual(content, result.replace(b'\r\n x', b'x'))
+
+    def test_what_is_short_enough_stays_as_it_is(self):
+        content = (b'y' * 998 + b'\r\n') * 300
+
+        self.assertEqual(content, self.folded(content))
+        self.assertEqual(content, self.folded(content, at_blanks=True))
+
+    def test_no_letter_is_cut_in_two(self):
+        for start in range(4):
+            text = 'x' * start + '\U0001f600\u20acä' * 400
+
+            result = self.folded(text.encode() + b'\r\n').decode()
+
+            self.assertEqual(text, result.replace('\r\n ', '').rstrip())
+
+    def test_a_header_is_broken_at_its_own_blanks(self):
+        for field in (b'To: ' + b'a@example.org, ' * 300 + b'b@x\r\n',
+                      b'To:' + b'\ta@example.org,' * 300 + b'\r\n'):
+            result = self.folded(field, at_blanks=True)
+
+            self.assertEqual(field, result.replace(b'\r\n ', b' ').replace(
+                b'\r\n\t', b'\t'))
+            self.assertLessEqual(max(map(len, result.split(b'\r\n'))), 998)
+
+    def test_a_header_without_a_blank_is_broken_all_the_same(self):
+        result = self.folded(b'X: ' + b'y' * 3000 + b'\r\n', at_blanks=True)
+
+        self.assertEqual([2, 998, 998, 998, 10], [
+            len(line) for line in result.split(b'\r\n')[:-1]])
+
+    def test_a_file_that_became_shorter_is_an_error(self):
+        with tempfile.TemporaryFile() as file, self.assertRaises(OSError):
+            list(smtps.folded(smtps.FilePart(file, 0, 100)))
 
 
 class Packets(DeliveryCase):
@@ -404,6 +526,9 @@ class Verdicts(DeliveryCase):
                 ({'RCPT': '450 4.2.0 full'}, 'later', 'later'),
                 ({'MAIL': '451 4.3.0 x'}, 'later', 'later'),
                 ({'MAIL': '550 5.7.1 x'}, 'never', 'never'),
+                ({second: '552 5.5.3 too many'}, 'sent', 'later'),
+                ({'RCPT': '552 5.2.2 full'}, 'never', 'never'),
+                ({second: '552 x', 'RCPT TO:<a@': '550 y'}, 'never', 'never'),
                 ({'DATA': '451 4.3.0 x'}, 'later', 'later'),
                 ({'DATA': '554 5.3.0 x'}, 'never', 'never'),
                 ({second: '450 x', 'DATA': '554 y'}, 'never', 'later'),
@@ -418,6 +543,17 @@ class Verdicts(DeliveryCase):
                     self.assertEqual({'a': a, 'b': b}, self.letters(report))
                     self.assertEqual('sent' in (a, b),
                                      bool(self.server.mails))
+
+    def test_the_report_says_that_there_were_too_many(self):
+        for replies, crowded in (([None, '452 4.5.3 x'], True),
+                                 ([None, '552 too many'], True),
+                                 ([None, '451 4.2.0 busy'], False),
+                                 (['452 4.5.3 x'], False)):
+            with self.subTest(replies):
+                report = self.delivery({'RCPT': replies}).send(
+                    envelope(A, B), HEADER, BODY)
+
+                self.assertEqual(crowded, report.crowded)
 
     def test_what_makes_no_sense_is_no_verdict_for_good(self):
         for stage, code in (('MAIL', 354), ('RCPT', 354), ('DATA', 250),

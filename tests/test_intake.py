@@ -212,6 +212,24 @@ class Header(ProxyCase):
                     self.assertEqual(1, header.count(b'\r\n%s: ' % name))
                 self.assertTrue(header.endswith(given))
 
+    def test_an_empty_one_counts_as_missing(self):
+        """Gmail: 550 5.7.1 'From' header is missing."""
+        header, _ = self.delivered(
+            b'From: \r\nDATE:\r\n \t\r\nMessage-ID :\t\r\nSubject:\r\n'
+            b'X: 1\r\nFrom:\r\n me@home.lan\r\n\r\nFrom:\r\n')
+
+        self.assertTrue(header.endswith(
+            b'>\r\nSubject:\r\nX: 1\r\nFrom:\r\n me@home.lan\r\n'), header)
+        for name in b'Date: \\w', b'Message-ID: <':
+            self.assertEqual(1, len(re.findall(name, header)))
+
+    def test_what_is_signed_stays_as_it_is(self):
+        own = b'From:\r\nDKIM-Signature: v=1\r\nDate: \r\n'
+
+        header, _ = self.delivered(own + b'\r\n')
+
+        self.assertTrue(header.endswith(own), header)
+
     def test_received_says_who_when_and_the_id(self):
         id = self.submit(b'subject: x\r\n\r\n')
         header = self.assertDelivered([A]).data.decode()

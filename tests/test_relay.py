@@ -12,7 +12,7 @@ from unittest import mock
 
 import smtpproxy
 from tests.case import A, B, OTHER, SENDER, ProxyCase
-from tests.fakes import HANG, Clock, FakePOP, FakeSMTP, wait_until
+from tests.fakes import DROP, HANG, Clock, FakePOP, FakeSMTP, wait_until
 
 C = 'c@example.org'
 DAY = 86400
@@ -67,10 +67,10 @@ class RelayCase(ProxyCase):
         """For a script: no reply before self.gate is set."""
         self.gate.wait(5)
 
-    def put(self, to=(A,), sender=SENDER):
+    def put(self, to=(A,), sender=SENDER, content=MAIL):
         """A mail as a client hands it in; returns its id."""
         draft = self.spool.draft(sender, list(to), {})
-        draft.write(MAIL)
+        draft.write(content)
         draft.seal()
         draft.commit()
         draft.release()
@@ -221,6 +221,11 @@ class Parked(RelayCase):
         for word in (SENDER, A, 'the report', NEVER, '--retry ' + id):
             self.assertIn(word, line)
 
+    def test_a_refusal_of_our_name_says_what_to_do(self):
+        id = self.park({'RCPT': '504 5.5.2 <vm>: Helo command rejected'})
+
+        self.assertLogged('ERROR', id, '504 5.5.2', 'set localhostname')
+
     def test_it_is_not_tried_by_itself(self):
         self.park()
 
@@ -341,6 +346,157 @@ class Restarted(RelayCase):
         self.assertDelivered([B], 2)
         self.assertGone()
         self.assertEqual([[A], [B]], [m.to for m in self.upstream.mails])
+
+
+class Unanswered(RelayCase):
+    """A server takes the mail and hangs up before its reply."""
+
+    def tried_again(self, id, tries):
+        self.advance_until(lambda: self.spool.load(id).tries >= tries, 5)
+        wait_until(self.at_rest)
+
+    def test_it_is_parked_after_the_third_copy_restarts_or_not(self):
+        self.upstream.script['.'] = DROP
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        self.tried(id, 1)
+        self.assertLogged('WARNING', id, 'it may have arrived', 'try 1')
+        for tries in 2, 3:
+            self.end()
+            self.begin({'sleeptime': 10})
+            self.tried_again(id, tries)
+
+        self.advance(DAY)
+
+        self.assertLogged('ERROR', id, 'it may have arrived, 3 times')
+        self.assertTrue(self.spool.load(id).parked)
+        self.assertEqual(3, len(self.verbs('DATA')))
+
+    def test_the_owner_may_have_it_sent_again(self):
+        self.upstream.script['.'] = [DROP] * 4 + [None]
+        self.begin({'sleeptime': 1})
+        id = self.put()
+        self.tried_again(id, 3)
+
+        self.reload()
+        self.tried_again(id, 4)
+        self.advance_until(lambda: self.upstream.mails, 1)
+
+        self.assertGone()
+
+    def test_what_ends_before_the_dot_or_is_answered_does_not_count(self):
+        for stage in 'MAIL', 'DATA':
+            self.upstream.script = {stage: DROP}
+            self.begin({'sleeptime': 1})
+            id = self.put()
+            self.tried_again(id, 4)
+
+            self.assertEqual(0, self.spool.load(id).unanswered)
+            self.clear()
+
+
+class LongLines(RelayCase):
+    """A server that refuses what has lines of more than 998 bytes."""
+    REFUSAL = '550 maximum allowed line length is 998 octets, got 8000'
+    HEADER = b'Subject: x\r\nTo: ' + b'a@example.org, ' * 100 + b'b@x\r\n'
+
+    def strict(self, config=None):
+        def judge(talk):
+            text = talk.server.seen[-1]
+            too_long = max(map(len, text.split(b'\r\n'))) > 998
+            return self.REFUSAL if too_long else None
+        def read_data(talk):
+            self.upstream.seen.append(usual(talk))
+            return self.upstream.seen[-1]
+        usual, self.upstream.seen = FakeSMTP.TALK.read_data, []
+        patch = mock.patch.object(FakeSMTP.TALK, 'read_data', read_data)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.upstream.script['.'] = judge
+        self.begin(dict({'sleeptime': 10}, **config or {}))
+
+    def test_the_mail_goes_again_at_once_with_lines_folded(self):
+        self.strict({'deleteonerror': 'true'})
+        for size in 8000, 300000:
+            body = b'\r\n..\r\n' + b'QUJD' * (size // 4) + b'\r\n'
+            with self.subTest(size):
+                id = self.put(content=self.HEADER + body)
+
+                self.assertGone()
+
+                mail = self.upstream.mails[-1]
+                self.assertEqual(
+                    self.HEADER + body, mail.raw.replace(b'\r\n Q', b'Q')
+                    .replace(b',\r\n a', b', a').replace(b'\r\n ', b''))
+                self.assertLogged('INFO', id, 'lines folded', '998 octets')
+
+    def test_what_is_signed_or_encrypted_is_parked_instead(self):
+        self.strict()
+        for header in (b'DKIM-Signature: v=1; a=x\r\n',
+                       b'Content-Type: multipart/signed; boundary=x\r\n',
+                       b'content-type: application/pkcs7-mime\r\n',
+                       b'Content-Type: multipart/encrypted; boundary=x\r\n'):
+            id = self.put(content=header + b'\r\n' + b'x' * 999 + b'\r\n')
+            with self.subTest(header):
+                wait_until(lambda: self.spool.load(id).parked)
+
+                self.assertLogged('ERROR', id, 'refused for good', '998')
+        self.assertEqual(4, len(self.verbs('DATA')))
+
+    def test_a_refusal_that_folding_does_not_cure_is_one(self):
+        for line, tries in (b'x' * 998, 1), (b'x' * 999, 2):
+            self.upstream.script['.'] = '554 5.6.0 line too long'
+            self.begin()
+            before = len(self.verbs('DATA'))
+            id = self.put(content=b'A: b\r\n\r\n' + line + b'\r\n')
+
+            wait_until(lambda: self.spool.load(id).parked)
+
+            self.assertEqual(tries, len(self.verbs('DATA')) - before)
+            self.clear()
+
+
+class TooMany(RelayCase):
+    """A server that takes so many recipients with one mail."""
+
+    def limited(self, reply, config=None):
+        """Takes two; puts a mail to five, returns its id."""
+        self.upstream.script['RCPT'] = lambda talk: (
+            reply if len(talk.mail.to) == 2 else None)
+        self.begin(dict({'sleeptime': 10}, **config or {}))
+        return self.put(['%d@example.org' % n for n in range(5)])
+
+    def test_all_have_the_mail_at_once(self):
+        for reply in '552 5.5.3 too many', '452 4.5.3 too many':
+            for delete in 'false', 'true':
+                with self.subTest(reply, deleteonerror=delete):
+                    self.limited(reply, {'deleteonerror': delete})
+
+                    self.assertGone()
+
+                    self.assertEqual([2, 2, 1], [
+                        len(mail.to) for mail in self.upstream.mails])
+                    self.upstream.mails.clear()
+                    self.clear()
+
+    def test_who_is_refused_when_alone_was_meant(self):
+        self.upstream.script['RCPT TO:<b@'] = '552 5.2.2 mailbox full'
+        self.begin()
+        id = self.put([A, B])
+
+        wait_until(lambda: self.spool.load(id).parked)
+
+        self.assertLogged('ERROR', id, 'refused for good',
+                          '552 5.2.2 mailbox full for <%s>;' % B)
+        self.assertEqual([[A]], [mail.to for mail in self.upstream.mails])
+
+    def test_nobody_gets_it_again_though_the_disk_is_full(self):
+        with mock.patch.object(smtpproxy.Spool, 'append',
+                               side_effect=OSError(28, 'disk full')):
+            self.limited('552 too many')
+            self.assertGone()
+
+        self.assertEqual(5, sum(len(m.to) for m in self.upstream.mails))
 
 
 class Absent(RelayCase):

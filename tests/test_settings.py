@@ -300,6 +300,9 @@ class Mistakes(SettingsCase):
         ('default', 'smtpauth=ntlm', 'cram-md5'),
         ('default', 'replyto=me', 'mail address'),
         ('default', 'forcefrom=a@b <c', 'mail address'),
+        ('default', 'forcefrom=Me <bücher@b>', 'ASCII'),
+        ('default', 'replyto=me@bücher.example', 'ASCII'),
+        ('default', 'returnpath=bücher@b', 'ASCII'),
         ('default', 'localhostname=my box', 'blanks'),
         ('default', 'tlscafile=none.pem', 'no such file'))
 

@@ -1540,6 +1540,20 @@ class Smuggling(ListenerCase):
                 self.assertEqual(kept, read([text + TRUE_END])[0])
 
 
+    def test_a_dot_behind_a_bare_cr_is_not_lost(self):
+        """No client doubles it: for it a bare CR is no line end."""
+        for text, meant in (
+                (b'a\r.f', b'a\r\n.f'), (b'a\r..f', b'a\r\n..f'),
+                (b'a\r\r.f', b'a\r\n\r\n.f'), (b'\r.\r.f', b'\r\n.\r\n.f'),
+                (b'.\r.f', b'.\r\n.f'), (b'a\r.', b'a\r\n.'),
+                (b'a\n..f', b'a\r\n.f'), (b'a\r\r\n..f', b'a\r\n.f')):
+            stream = text + TRUE_END
+            for place in range(len(stream)):
+                with self.subTest(text, place=place):
+                    content, _, _ = read([stream[:place], stream[place:]])
+                    self.assertEqual(meant + b'\r\n', smtps.unstuffed(content))
+
+
 class DataReader(unittest.TestCase):
     """However the bytes come in, the same mail comes out."""
     PARTS = (b'\r', b'\n', b'.', b'\r\n', b'\r\r\n', b'\r\n.', b'a', b'..',

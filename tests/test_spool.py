@@ -1,8 +1,10 @@
 """Spool, Draft and Mail: what is on disk, and what a start makes of it."""
 import contextlib
+import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import time
@@ -248,6 +250,22 @@ class State(SpoolCase):
         mail = self.spool.load(self.id)
         self.assertEqual(([B], {A: '550 no'}, 3, 'grüße\r\n\0', True), (
             mail.to, mail.refused, mail.tries, mail.problem, mail.parked))
+
+    def test_what_2_0_knows_it_can_still_read(self):
+        """It passes over a line with a name that it does not know."""
+        known = {'to', 'refused', 'tries', 'due', 'problem', 'handled',
+                 'parked', 'seen'}
+        self.mail.to, self.mail.parked, self.mail.unanswered = [B], True, 2
+        self.spool.save(self.mail)
+
+        with open(self.mail.path, 'rb') as file:
+            first, second = [json.loads(line) for line in re.findall(
+                rb'NOOP state=({.*}) crc32', file.read())]
+
+        self.assertEqual(({'to': [B], 'parked': True}, {'unanswered': 2}), (
+            {key: first[key] for key in set(first) - {'seen'}},
+            {key: second[key] for key in set(second) - {'seen'}}))
+        self.assertLessEqual(set(first), known)
 
     def test_it_is_small_beside_a_large_mail(self):
         mail = self.spool.load(self.store(CONTENT * 100000))
