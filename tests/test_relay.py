@@ -491,7 +491,7 @@ class TooMany(RelayCase):
         self.assertEqual([[A]], [mail.to for mail in self.upstream.mails])
 
     def test_nobody_gets_it_again_though_the_disk_is_full(self):
-        with mock.patch.object(smtpproxy.Spool, 'append',
+        with mock.patch.object(smtpproxy.Spool, '_append',
                                side_effect=OSError(28, 'disk full')):
             self.limited('552 too many')
             self.assertGone()
