@@ -20,6 +20,7 @@ import contextlib
 import errno
 import functools
 import heapq
+import io
 import os
 import queue
 import re
@@ -206,6 +207,7 @@ class Account(NamedTuple):
     smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
     smtpusername: one_line = ''
     smtppassword: one_line = ''
+    smtppasswordfile: file_path = ''
     smtpauth: Choice('auto', 'plain', 'login', 'cram-md5') = 'auto'
     smtpweaktls: boolean = False
     smtpconnections: Number(1, 100) = 4
@@ -217,11 +219,13 @@ class Account(NamedTuple):
     popssl: boolean = True
     popusername: one_line = ''
     poppassword: one_line = ''
+    poppasswordfile: file_path = ''
     popcheckdelay: Capped(0, DAY) = 60
     returnpath: mail_address = ''
     replyto: mail_address = ''
     forcefrom: mail_address = ''
     localpassword: one_line = ''
+    localpasswordfile: file_path = ''
     use: one_line = ''
 
     @property
@@ -243,18 +247,21 @@ class Account(NamedTuple):
 @functools.lru_cache(1000)      # asked for each mail
 def connection_of(account):
     return account._replace(returnpath='', replyto='', forcefrom='',
-                            localpassword='', use='')
+                            localpassword='', localpasswordfile='', use='')
 
 
 class Settings(NamedTuple):
     """Never changed: a reload builds a new one. accounts: {lower-case section
-    name: Account}, handlers: {name: {key: value}}, warnings: [str]."""
+    name: Account}, handlers: {name: {key: value}}, warnings: [str]. missing:
+    [str], password files that can't be read here: the service can't do
+    without them, a command beside it can."""
     file: str
     config: Config
     logging: Logging
     accounts: dict
     handlers: dict
     warnings: list
+    missing: list
 
     def account_for(self, sender):
         """The Account of an envelope sender (str), or None."""
@@ -281,27 +288,39 @@ def nearest(word, known):
     return ': do you mean %s?' % near[0] if near else ''
 
 
-def load(path):
-    """Reads an ini file into Settings. Raises ConfigError with every mistake
-    in it, or OSError."""
-    return IniReader(path).settings()
+def load(path, content=None):
+    """Reads an ini file into Settings; content: bytes that it would hold.
+    Raises ConfigError with every mistake in it, or OSError."""
+    return IniReader(path, content).settings()
+
+
+def first_line(path):
+    """The password (str) that a file holds. Raises OSError, ValueError."""
+    with open(path, encoding='utf-8-sig') as file:
+        text = file.readline(1000)
+    if not text.strip():
+        raise ValueError('there is nothing in its first line')
+    return one_line(text.rstrip('\n'), None)
 
 
 class IniReader:
     """Turns an ini file into Settings and collects what is wrong with it."""
 
-    def __init__(self, path):
+    def __init__(self, path, content=None):
         self.path, self.mistakes, self.warnings = path, [], []
+        self.missing = []
         self.folder = os.path.dirname(os.path.abspath(path))
-        self.parser = self.parse(self.read())
+        self.parser = self.parse(self.read(content))
 
-    def read(self):
-        with open(self.path, encoding='utf-8-sig') as file:
-            try:
-                return file.read()
-            except UnicodeDecodeError as error:
-                raise ConfigError(['%s: byte %d is not UTF-8: save the file '
-                                   'as UTF-8' % (self.path, error.start)])
+    def read(self, content):
+        if content is None:
+            with open(self.path, 'rb') as file:
+                content = file.read()
+        try:
+            return io.TextIOWrapper(io.BytesIO(content), 'utf-8-sig').read()
+        except UnicodeDecodeError as error:
+            raise ConfigError(['%s: byte %d is not UTF-8: save the file as '
+                               'UTF-8' % (self.path, error.start)])
 
     def parse(self, text):
         """A ConfigParser of text. What it can't read is noted and blanked,
@@ -356,7 +375,8 @@ class IniReader:
         if self.mistakes:
             raise ConfigError(self.mistakes)
         return Settings(self.path, config, logs, accounts, handlers,
-                        self.warnings + self.careless(config, accounts))
+                        self.warnings + self.careless(config, accounts),
+                        self.missing)
 
     def complain(self, section, key, what):
         self.mistakes.append('%s: [%s] %s%s' % (
@@ -412,18 +432,37 @@ class IniReader:
             if len(found) > 1:
                 self.complain(section, 'use', 'must be the only key here')
             return
+        self.read_passwords(section, found)
         for key in ('smtphost',) + (
                 ('pophost', 'popusername', 'poppassword')
                 if found.get('popbeforesmtp') else ()):
-            if found.get(key, '') == '':
+            if found.get(key, '') == '' and not found.get(key + 'file'):
                 self.complain(section, key, 'is missing')
         if not found.get('smtpport'):
             implicit = found.get('smtpsecurity') == 'ssl'
             found['smtpport'] = 465 if implicit else 25
-        if bool(found.get('smtpusername')) != bool(found.get('smtppassword')):
+        if bool(found.get('smtpusername')) != bool(
+                found.get('smtppassword') or found.get('smtppasswordfile')):
             self.warnings.append(
                 '%s: [%s] has smtpusername or smtppassword without the other: '
                 'there will be no login' % (self.path, section))
+
+    def read_passwords(self, section, found):
+        """Puts what a password file holds in the place of the password."""
+        for key in 'smtppassword', 'poppassword', 'localpassword':
+            path = found.get(key + 'file')
+            if path and found.get(key):
+                self.complain(section, key, 'and %sfile exclude each other: '
+                              'remove one of them' % key)
+            elif path:
+                try:
+                    found[key] = first_line(path)
+                    self.warnings += warn_of_password(path)
+                except (OSError, ValueError) as error:
+                    self.missing.append(
+                        '%s: [%s] %sfile = %s cannot be read: %s' % (
+                            self.path, section, key, path,
+                            getattr(error, 'strerror', None) or error))
 
     def resolve(self, accounts):
         """Puts the account that is meant in the place of each use=."""
@@ -497,7 +536,7 @@ class IniReader:
         if not accounts:
             found.append('%s: no account: all mail will be refused. Add a '
                          'section such as [default]' % self.path)
-        if passwords:
+        if passwords and os.path.exists(self.path):
             found += warn_of_secrets(self.path, service_group(config))
         return (found + warn_of_folder(config.msgdir)
                 + warn_of_program(self.path))
@@ -547,6 +586,15 @@ def warn_of_secrets(path, group):
         mend = 'chgrp %d %s; chmod 640 %s' % (group, path, path)
     return ['%s: others on this box can read the passwords in it: %s'
             % (path, mend)]
+
+
+def warn_of_password(path):
+    """[a warning] if anybody may read a password file. Who its group is, or
+    the list that systemd gives its copy, is the owner's to know."""
+    if not os.stat(path).st_mode & 0o007:
+        return []
+    return ['%s: others on this box can read the password in it: '
+            'chmod o-rwx %s' % (path, path)]
 
 
 def warn_of_folder(path):
@@ -2674,6 +2722,9 @@ class SignIn:
         smtps.Delivery behind its hello(). Raises AccountUnavailable,
         OSError."""
         account, answers = self.account, []
+        if account.smtppasswordfile and not account.smtppassword:
+            raise AccountUnavailable('there is no password: %s cannot be read'
+                                     % account.smtppasswordfile)
         if not (account.smtpusername and account.smtppassword):
             return
         for name in self._mechanisms(delivery):
@@ -3866,6 +3917,7 @@ class Proxy:
 
     def prepare(self):
         config = self.settings.config
+        require_passwords(self.settings)
         self.server.limits = self.limits(self.settings)
         self.listen(config.host, config.port)
         if config.tlsport:
@@ -3982,6 +4034,7 @@ class Proxy:
         """Reads the ini anew; a bad one changes nothing."""
         try:
             new = load(self.settings.file)
+            require_passwords(new)
             limits = self.limits(new)
         except (ConfigError, StartError, OSError) as error:
             for line in str(error).splitlines():
@@ -4013,6 +4066,12 @@ class Proxy:
             self.relay.stop(end - time.monotonic())
         self.spool.close()
         log.info('stopped')
+
+
+def require_passwords(settings):
+    """Raises StartError if a password file can't be read."""
+    if settings.missing:
+        raise StartError('\n'.join(settings.missing))
 
 
 def listener_tls(config):
@@ -4051,7 +4110,7 @@ def check(settings, options):
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
         tell('handler %s is enabled' % name)
-    for line in settings.warnings + handlers.problems:
+    for line in settings.missing + settings.warnings + handlers.problems:
         tell('warning: ' + line)
     for line in problems:
         say(line)
