@@ -11,8 +11,8 @@ the account that belongs to the sender, with all that the account needs.
 
 The sections are in the order of a mail's journey, each uses only those
 above it: Settings, Log, Spool, Front door, Handlers, Advice, Sign-in,
-Courier, Relay, Proxy, Commands, Main. The keys of the ini are explained in
-smtpproxy.ini.example.
+Courier, Relay, Proxy, Commands, Set-up, Main. The keys of the ini are
+explained in smtpproxy.ini.example.
 """
 import binascii
 import collections
@@ -276,9 +276,12 @@ class Settings(NamedTuple):
                 return name
 
 
+SECRETS = ('password', 'secret')        # how the name of such a key ends
+
+
 def masked(key, value):
     """value as it may be shown."""
-    return '***' if value and key.endswith('password') else repr(value)
+    return '***' if value and key.endswith(SECRETS) else repr(value)
 
 
 def nearest(word, known):
@@ -534,8 +537,8 @@ class IniReader:
                  for section, key, value in passwords if '%%' in value]
         found += self.divided(accounts)
         if not accounts:
-            found.append('%s: no account: all mail will be refused. Add a '
-                         'section such as [default]' % self.path)
+            found.append('%s: no account: all mail will be refused. Make one '
+                         'with --add' % self.path)
         if passwords and os.path.exists(self.path):
             found += warn_of_secrets(self.path, service_group(config))
         return (found + warn_of_folder(config.msgdir)
@@ -2943,6 +2946,7 @@ FOREVER = float('inf')
 LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
 BACKLOG = 8                 # mails that wait per connection before one more
+RELOAD = 'ini', 'reload'    # the request of --add, in the place of id and what
 
 
 class MailQueue:
@@ -3577,9 +3581,11 @@ class Relay:
     Where is a mail? queues.holder(id) tells.
     """
 
-    def __init__(self, spool, settings, handlers, clock=time.monotonic):
+    def __init__(self, spool, settings, handlers, clock=time.monotonic,
+                 reload_ini=None):
         self._spool, self._clock = spool, clock
         self.settings, self._handlers = settings, handlers
+        self._reload_ini = reload_ini   # callable(): what SIGHUP does
         self.policy = FailurePolicy(spool, clock)
         self.queues = Queues(clock, self._deliver)
         self._last_round = clock()
@@ -3773,6 +3779,8 @@ class Relay:
     def _serve_request(self, path, id, what):
         if id == 'all' and what == 'retry':
             self._retry_all()
+        elif (id, what) == RELOAD:
+            self._reload_ini()
         elif Spool.ID.fullmatch(id) and not self._serve(id, what):
             return                          # the next time we look
         try:
@@ -3897,6 +3905,7 @@ class Proxy:
     def __init__(self, settings):
         self.settings, self.started = settings, settings.config
         self.spool = Spool(settings.config.msgdir)
+        self._reloading = threading.Lock()      # the main thread, the relay
         self.server = smtps.Server(self.make_session, hostname=HOST)
 
     def start(self):
@@ -3929,7 +3938,8 @@ class Proxy:
         for warning in self.settings.warnings:
             log.warning('%s', warning)
         self.handlers = Handlers(self.settings)
-        self.relay = Relay(self.spool, self.settings, self.handlers)
+        self.relay = Relay(self.spool, self.settings, self.handlers,
+                           reload_ini=self.reload)
         log.info('smtpproxy %s listens on %s; accounts: %d, mails in %s: %d',
                  VERSION, self.ports(), len(self.settings.accounts),
                  config.msgdir, len(self.found))
@@ -4032,6 +4042,13 @@ class Proxy:
 
     def reload(self):
         """Reads the ini anew; a bad one changes nothing."""
+        with self._reloading:
+            try:
+                self._reload()
+            except Exception:
+                log.exception('not reloaded: an error of ours')
+
+    def _reload(self):
         try:
             new = load(self.settings.file)
             require_passwords(new)
@@ -4242,10 +4259,11 @@ def ask_service(spool, id, what, sleeptime):
     end = time.monotonic() + sleeptime + 5
     while os.path.exists(path):
         if time.monotonic() > end:
-            tell('the service is asked; it is busy with that mail')
+            tell('the service is asked; it is busy')
             return 0
         time.sleep(0.05)
-    tell('deleted' if what == 'delete' else 'the service tries it now')
+    tell({'delete': 'deleted', 'reload': 'the service has read it again'}.get(
+        what, 'the service tries it now'))
     return 0
 
 
@@ -4442,6 +4460,468 @@ class DemoMail(smtps.Receiver):
         self.mails.put(self.content)
 
 
+def trial(settings, account):
+    """Tells of each step of an account's way. Returns whether all went well.
+    """
+    courier = Courier(account, SignIn(account), settings.config)
+    try:
+        courier._connect()
+    except AccountUnavailable as error:
+        tell('failed: %s' % error)
+        return False
+    finally:
+        courier.close(politely=True)
+    tell('it works: %s' % account.server)
+    return True
+
+
+def login(settings, options):
+    """--login ADDRESS."""
+    raise StartError('--login is still to come')
+
+
+# --- Set-up: an account without an editor -----------------------------------
+
+SMALL_INI = """\
+# Settings of smtpproxy; smtpproxy.ini.example explains every key. For one
+# more account: python3 smtpproxy.py --add
+
+[config]
+%s# What can't be delivered is kept and tried again.
+deleteonerror=false
+"""
+USUAL_INI = 'smtpproxy.ini'
+USUAL_PORT = {'none': 25, 'tls': 587, 'ssl': 465}
+OTHER = Provider('other', '', '', 0, '', username='')   # host and port
+
+
+class NotAdded(Exception):
+    """Why there is no new account, for the owner."""
+
+
+class Ini:
+    """An ini that only grows: what is in it stays, byte for byte. It may not
+    be there yet. The file is never replaced: it may be a link, or mounted
+    alone into a container.
+
+    content: bytes; exists: bool."""
+
+    def __init__(self, path):
+        self.path, self.exists, self.content = path, os.path.exists(path), b''
+        if self.exists:
+            with open(path, 'rb') as file:
+                self.content = file.read()
+
+    def require_rights(self):
+        """Raises NotAdded before the owner has answered anything."""
+        where = self.path if self.exists else os.path.dirname(
+            os.path.realpath(self.path))
+        if not os.access(where, os.W_OK):
+            raise NotAdded('%s cannot be changed by user %d: nothing is asked '
+                           'and nothing written' % (where, os.getuid()))
+
+    def addition(self, text):
+        """The bytes that have to follow, so that text (str, with LF) is a
+        part of its own, with the line ends of the file."""
+        first = re.search(rb'\r\n|\n|\r', self.content)
+        before = '' if not self.content else '\n' if self.content.endswith(
+            (b'\n', b'\r')) else '\n\n'
+        return (before + text).encode().replace(
+            b'\n', first[0] if first else b'\n')
+
+    def append(self, addition):
+        """In one write; if that fails, the file is as it was. Raises
+        NotAdded."""
+        if Ini(self.path).content != self.content:
+            raise NotAdded('%s has changed meanwhile: nothing was written, '
+                           'start again' % self.path)
+        try:
+            self._append(os.path.realpath(self.path), addition)
+        except OSError as error:
+            raise NotAdded('%s cannot be written: %s; nothing was changed' % (
+                self.path, error.strerror))
+
+    def _append(self, path, addition):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | (
+            0 if self.exists else os.O_CREAT | os.O_EXCL), 0o600)
+        try:
+            if os.write(file, addition) < len(addition):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file)
+            if not self.exists:
+                sync_folder(os.path.dirname(path))
+        except OSError:
+            os.ftruncate(file, len(self.content))
+            if not self.exists:
+                os.unlink(path)
+            raise
+        finally:
+            os.close(file)
+
+
+class Interview:
+    """Finds the keys of one account: what the command line gives is not
+    asked. Who is asked is asked until the ini would take the answer.
+
+    given: {name: text} of the command line, what is used goes; keys: {key:
+    text} of the answers; somebody: is there anybody to ask?"""
+
+    def __init__(self, given):
+        self.given, self.keys = given, {}
+        self.somebody = sys.stdin is not None and sys.stdin.isatty()
+
+    def ask(self, name, question, kind, default=None):
+        """An answer, as kind (see Settings) makes it. default: what Enter
+        means, and nobody; None: there has to be an answer. Raises NotAdded.
+        """
+        while True:
+            is_given = name in self.given
+            text = self.given.pop(name) if is_given else self._answer(
+                name, question, default)
+            try:
+                if not (text or is_given or default is not None):
+                    raise ValueError('is needed')
+                return kind(text, tell)
+            except ValueError as error:
+                if is_given or not self.somebody:
+                    raise NotAdded('%s %s' % (name, error))
+                tell('It %s.' % error)
+
+    def key(self, key, question='', default=None):
+        """The same for a key of the account; it is kept unless empty."""
+        kind = Account.__annotations__.get(key, one_line)
+        value = self.ask(key, question, lambda text, warn: kind(
+            for_ini(key, text), lambda what: warn('%s %s' % (key, what))),
+            default)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        if text:
+            self.keys[key] = text
+        return value
+
+    def take_the_rest(self):
+        """What is given and was not asked is the ini's to judge."""
+        for key in list(self.given):
+            self.keys[key] = self.ask(
+                key, '', lambda text, warn: for_ini(key, text))
+
+    def tell(self, text):
+        """What helps whoever is asked, in lines as wide as a terminal."""
+        if self.somebody:
+            import textwrap
+            for line in textwrap.wrap(text, 79, break_on_hyphens=False):
+                tell(line)
+
+    def agrees(self, question):
+        """Whether there is somebody who says yes."""
+        return self.ask('', question + ' yes or no', lambda text, warn:
+                        text.lower() in ('y', 'yes'), 'no')
+
+    def _answer(self, name, question, default):
+        """What is typed, without the blanks around it; - for nothing."""
+        if not self.somebody:
+            if default is None:
+                raise NotAdded('%s is missing: nobody can be asked here, so '
+                               'it must stand behind --add' % name)
+            return str(default)
+        if name.endswith(SECRETS):
+            return read_secret(question)
+        try:
+            text = input('%s%s: ' % (question, (
+                ' [%s]' % default if default else ''))).strip()
+        except EOFError:
+            raise NotAdded('nothing was written')
+        return '' if text == '-' else text or str(default or '')
+
+
+def read_secret(question):
+    """A line that is not shown while it is typed."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        import getpass
+        try:
+            return getpass.getpass(question + ' (not shown): ')
+        except EOFError:
+            raise NotAdded('nothing was written')
+    return sys.stdin.readline().rstrip('\r\n') if sys.stdin else ''
+
+
+def for_ini(key, text):
+    """text, if an ini gives it back as it is. Raises ValueError."""
+    if '\n' in text or '\r' in text:
+        raise ValueError('has more than one line')
+    if text != text.strip():
+        raise ValueError('begins or ends with a blank, which an ini can not '
+                         'hold' + (': use %sfile' % key if key.endswith(
+                             'password') else ''))
+    if text.encode('utf-8', 'replace').decode() != text:
+        raise ValueError('has characters that are no UTF-8')
+    return text
+
+
+def given_keys(words):
+    """{key: value} of the command line. A password is not shown there to all
+    who call ps: it is read, in the order of the words. Raises NotAdded."""
+    given = {}
+    for word in words:
+        key, equals, value = word.partition('=')
+        if not equals or not re.fullmatch('[a-z]+', key):
+            raise NotAdded('what stands behind --add SENDER must be key=value')
+        if key in given:
+            raise NotAdded('%s is there twice' % key)
+        if key.endswith(SECRETS):
+            if value != '-':
+                raise NotAdded('%s must not stand there, where others can see '
+                               'it: %s=- reads it from stdin' % (key, key))
+            value = read_secret(key)
+        given[key] = value
+    return given
+
+
+def add(options):
+    """--add [SENDER [key=value ...]]: one account more in the ini. Raises
+    NotAdded."""
+    ini = Ini(options.config)
+    ini.require_rights()
+    now = load(ini.path, ini.content)
+    interview = Interview({'sender': options.add[0]} if options.add else {})
+    sender = interview.ask(
+        'sender', 'The address that your device sends from',
+        functools.partial(new_section, now))
+    interview.given = given_keys(options.add[1:])
+    ask_account(interview, sender)
+    text = '' if ini.exists else SMALL_INI % ask_port(interview, now) + '\n'
+    interview.take_the_rest()
+    addition = ini.addition(text + section_of(sender, interview.keys))
+    settings = load(ini.path, ini.content + addition)
+    require_trial(interview, settings, sender)
+    ini.append(addition)
+    tell('%s has a new section: [%s]' % (ini.path, sender))
+    code = 0
+    if 'oauth' in interview.keys:
+        options.login = sender
+        code = login(settings, options)
+    for warning in settings.warnings:
+        if warning not in now.warnings:
+            tell('warning: ' + warning)
+    tell_device(settings, sender)
+    wake_service(settings)
+    return code
+
+
+def new_section(settings, text, warn):
+    """The name of a section that is not there yet. Raises ValueError."""
+    if text.lower() in settings.accounts:
+        raise ValueError('= %s has a section in %s already: change it there'
+                         % (text, settings.file))
+    if text.lower() != 'default' and not (text.isprintable() and re.match(
+            r'(\*|[^][<>@\s]+)@[^][<>@\s]+\Z', text)):
+        raise ValueError('must be an address such as printer@home.lan, '
+                         '*@home.lan for its whole domain, or default')
+    return for_ini('sender', text)
+
+
+def section_of(name, keys):
+    """The lines of an account, in the order of the keys in README.md."""
+    known = [key for key in Account._fields if key in keys]
+    return '[%s]\n' % name + ''.join(
+        '%s=%s\n' % (key, keys[key])
+        for key in known + sorted(keys.keys() - set(known)))
+
+
+def require_trial(interview, settings, sender):
+    """Tries the account, but for one that has to sign in first. Raises
+    NotAdded unless it works or the owner wants it all the same."""
+    for problem in settings.missing:
+        tell(problem)
+    if 'oauth' not in interview.keys and not trial(
+            settings, settings.account_for(sender)) and not interview.agrees(
+                'It does not work. Write it all the same?'):
+        raise NotAdded('it does not work: nothing was written')
+
+
+# What is asked.
+
+def ask_account(interview, sender):
+    """Asks for what an account of this sender needs."""
+    given = interview.given
+    if 'use' in given:
+        return                          # it is the only key
+    provider = ask_provider(interview, sender)
+    ask_server(interview, provider)
+    way = ask_way(interview, provider)
+    address = ''
+    if way == 'pop':
+        ask_pop(interview)
+    if way in ('password', 'oauth') or 'smtpusername' in given:
+        address = ask_user(interview, provider, sender)
+    if way == 'oauth':
+        ask_oauth(interview, provider)
+    elif 'smtpusername' in interview.keys and 'smtppasswordfile' not in given:
+        interview.key('smtppassword', 'Password')
+    if address.lower() != sender.lower() and (
+            address or provider is not OTHER):
+        interview.key('forcefrom', 'From address of its mails; - leaves that '
+                      'of the device', address)
+
+
+def ask_provider(interview, sender):
+    if 'smtphost' in interview.given and 'provider' not in interview.given:
+        return OTHER
+    known = {provider.name: provider for provider in (*PROVIDERS, OTHER)}
+    domain, usual = sender.lower().rpartition('@')[2], None
+    for provider in PROVIDERS:
+        if domain in provider.domains.split():
+            usual = provider.name
+    if 'provider' not in interview.given:
+        interview.tell('Providers: %s (with its server and port).'
+                       % ', '.join(known))
+    provider = known[interview.ask('provider', 'Your provider', Choice(
+        *known), usual)]
+    if provider.note:
+        interview.tell('Note: %s.' % provider.note)
+    return provider
+
+
+def ask_server(interview, provider):
+    """Of a provider all is known, unless it has a server for each region."""
+    if provider is not OTHER:
+        for key in 'smtphost', 'smtpport', 'smtpsecurity':
+            if key not in provider.note:
+                interview.given.setdefault(key, str(getattr(provider, key)))
+    interview.key('smtphost', 'Its server for outgoing mail',
+                  provider.smtphost or None)
+    security = interview.key(
+        'smtpsecurity', 'Encryption: tls (STARTTLS), ssl or none', 'tls')
+    interview.key('smtpport', 'Its port', USUAL_PORT[security])
+
+
+def ask_way(interview, provider):
+    """How the server knows who sends: 'password', 'pop', 'oauth', 'none'."""
+    given = interview.given
+    if 'oauth' in given:
+        return 'oauth'
+    if 'popbeforesmtp' in given and interview.key('popbeforesmtp'):
+        return 'pop'
+    if any(key.startswith(('smtpusername', 'smtppassword')) for key in given):
+        return 'password'
+    if provider is not OTHER:
+        return 'oauth' if provider.oauth else 'password'
+    return interview.ask(
+        'login', 'It knows you by password, pop (a POP login first), oauth or '
+        'none', Choice('password', 'pop', 'oauth', 'none'),
+        'password')
+
+
+def ask_user(interview, provider, sender):
+    """The login's name. Returns the mail address that it belongs to, or ''.
+    """
+    wanted, usual = provider.username, None
+    if wanted not in ('', 'address', 'local'):
+        interview.given.setdefault('smtpusername', wanted)
+    if sender.lower().rpartition('@')[2] in provider.domains.split():
+        usual = sender
+    user = interview.key('smtpusername', 'Your %s there' % (
+        'mail address' if wanted in ('address', 'local') else 'user name'),
+        usual)
+    if wanted == 'local':
+        interview.keys['smtpusername'] = user.partition('@')[0]
+    return user if '@' in user else ''
+
+
+def ask_pop(interview):
+    interview.keys['popbeforesmtp'] = 'true'
+    interview.key('pophost', 'Its POP server')
+    secure = interview.key('popssl', 'TLS with it, true or false', 'true')
+    interview.key('popport', 'Its port', 995 if secure is True else 110)
+    interview.key('popusername', 'Your user name there')
+    if 'poppasswordfile' not in interview.given:
+        interview.key('poppassword', 'POP password')
+
+
+def ask_oauth(interview, provider):
+    kind = interview.key('oauth', 'OAuth2 of microsoft, google or other',
+                         provider.oauth or 'other')
+    interview.key('oauthclientid', 'The id of your app registration')
+    if kind == 'microsoft':
+        interview.key('oauthtenant', 'The tenant: its domain or id, or common',
+                      'consumers' if provider.name == 'outlook' else 'common')
+    elif kind == 'google':
+        interview.key('oauthclientsecret', 'The secret of your app')
+    else:
+        interview.key('oauthtokenurl', 'The address that gives tokens')
+        interview.key('oauthscope', 'The scope to ask for')
+        if not interview.key('oauthdeviceurl', 'The address for device codes',
+                             ''):
+            interview.key('oauthauthurl', 'The address to sign in at')
+
+
+def ask_port(interview, settings):
+    """The line with the port for a new ini, '' if it is the usual one."""
+    def usable(text, warn):
+        port, proxy = port_number(text, warn), Proxy(settings)
+        try:
+            proxy.listen('', port)
+        except StartError as error:
+            raise ValueError('can not be used: %s' % error)
+        finally:
+            proxy.server.stop(0)
+        return port
+    if 'port' not in interview.given:
+        try:
+            usable('25', tell)
+            return ''
+        except ValueError as error:
+            interview.tell('Port 25 %s.' % error)
+    return 'port=%d\n' % interview.ask('port', 'The port for your devices',
+                                       usable, 2525)
+
+
+# What the owner is told.
+
+def tell_device(settings, sender):
+    config = settings.config
+    whose = {'default': 'any address'}.get(sender.lower(), sender)
+    if sender.startswith('*@'):
+        whose = 'any address with ' + sender[1:]
+    tell('')
+    tell('Set in the device:')
+    for what, value in (
+            ('SMTP server', config.host or own_address()),
+            ('port', '%d' % config.port),
+            ('encryption', 'STARTTLS or none' if config.tlscert else 'none'),
+            ('sender', whose),
+            ('login', '%s, with its localpassword' % sender
+             if settings.accounts[sender.lower()].localpassword else 'none')):
+        tell('    %-12s %s' % (what, value))
+    tell('')
+
+
+def own_address():
+    """How devices reach this box, as far as it can know."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(('192.0.2.1', 9))      # finds the way, sends nothing
+        except OSError:
+            return HOST
+        return sock.getsockname()[0]
+
+
+def wake_service(settings):
+    """Has the service read its ini again, if there is one."""
+    spool = command_spool(settings)
+    try:
+        if os.path.isdir(spool.folder):
+            spool.open(patience=0)
+            spool.close()
+        tell('Now start it: python3 smtpproxy.py' + (
+            '' if settings.file == USUAL_INI else
+            ' --config ' + settings.file))
+    except Busy:
+        ask_service(spool, *RELOAD, settings.config.sleeptime)
+    except OSError as error:
+        tell('%s: %s; if the service runs, have it reload (SIGHUP)' % (
+            spool.folder, error.strerror))
+
+
 # --- Main -------------------------------------------------------------------
 
 def parse(arguments):
@@ -4449,11 +4929,13 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         prog='smtpproxy.py', description='Hands on the mail of devices that '
         'can not talk to today\'s mail servers.')
-    parser.add_argument('--config', metavar='FILE', default='smtpproxy.ini',
+    parser.add_argument('--config', metavar='FILE', default=USUAL_INI,
                         help='the ini (default: ./smtpproxy.ini)')
     add = parser.add_mutually_exclusive_group().add_argument
     add('--check', action='store_true', help='look for mistakes, do not start')
     add('--demo', action='store_true', help='the whole trip of a mail, here')
+    add('--add', nargs='*', metavar=('SENDER', 'key=value'),
+        help='ask for an account, try it, put it into the ini')
     add('--queue', action='store_true', help='what waits in msgs/')
     add('--retry', metavar='ID', help='try a mail, or all, now')
     add('--delete', metavar='ID', help='remove a mail')
@@ -4533,10 +5015,7 @@ def serve_until_stopped(proxy, signals):
         came = signals.wait()
         if signal.SIGTERM in came or signal.SIGINT in came:
             return
-        try:
-            proxy.reload()
-        except Exception:
-            log.exception('not reloaded: an error of ours')
+        proxy.reload()
 
 
 def main(arguments):
@@ -4548,6 +5027,8 @@ def main(arguments):
     try:
         if options.demo:
             return demo(options)
+        if options.add is not None:
+            return add(options)
         settings = load(options.config)
         for name, command in COMMANDS.items():
             if getattr(options, name):
@@ -4555,9 +5036,9 @@ def main(arguments):
         return serve(settings)
     except FileNotFoundError as error:
         say('%s is missing%s' % (error.filename, (
-            ': copy smtpproxy.ini.example to it and fill it in, or see how it '
+            ': make it with --add, or of smtpproxy.ini.example, or see how it '
             'works with --demo') if error.filename == options.config else ''))
-    except (ConfigError, StartError) as error:
+    except (ConfigError, StartError, NotAdded) as error:
         for line in str(error).splitlines():
             say(line)
     except OSError as error:
