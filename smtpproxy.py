@@ -4801,9 +4801,9 @@ def ask_way(interview, provider):
         return 'oauth'
     if 'popbeforesmtp' in given and interview.key('popbeforesmtp'):
         return 'pop'
-    if any(key.startswith(('smtpusername', 'smtppassword')) for key in given):
+    if any(key.startswith('smtppassword') for key in given):
         return 'password'
-    if provider is not OTHER:
+    if provider is not OTHER or 'smtpusername' in given:
         return 'oauth' if provider.oauth else 'password'
     return interview.ask(
         'login', 'It knows you by password, pop (a POP login first), oauth or '
@@ -4838,8 +4838,10 @@ def ask_pop(interview):
 
 
 def ask_oauth(interview, provider):
+    if provider.oauth:
+        interview.given.setdefault('oauth', provider.oauth)
     kind = interview.key('oauth', 'OAuth2 of microsoft, google or other',
-                         provider.oauth or 'other')
+                         'other')
     interview.key('oauthclientid', 'The id of your app registration')
     if kind == 'microsoft':
         interview.key('oauthtenant', 'The tenant: its domain or id, or common',

@@ -23,7 +23,7 @@ from tests.test_commands import CommandCase
 from tests.test_program import TOP, ProgramCase
 
 ME, SECRET = 'me@example.org', 'se cret#%;'
-INI = '[config]\nport=0\n[logging]\nlevel=DEBUG\n'
+INI = '[config]\nport=0\nwaitafterpop=0\n[logging]\nlevel=DEBUG\n'
 
 
 class Stdin(io.StringIO):
@@ -309,6 +309,17 @@ class ByOAuth(AddCase):
                 self.assertEqual((result, ''), (code, err), out)
                 self.assertIn('\noauth=microsoft\n', self.section())
                 self.assertNotIn('smtppassword', self.section())
+
+    def test_its_keys_are_asked_and_no_password(self):
+        self.write('smtpproxy.ini', INI)
+        with mock.patch.object(smtpproxy, 'login', return_value=0):
+            code, out, err = self.add(typed=[
+                SENDER, 'microsoft365', ME, 'id', 'example.org', ''],
+                terminal=True)
+
+        self.assertEqual((0, ''), (code, err), out)
+        self.assertIn('\noauthclientid=id\noauthtenant=example.org\n',
+                      self.section())
 
     def test_another_server_with_oauth(self):
         code, _, err = self.add_by_oauth(
