@@ -4601,8 +4601,9 @@ class Interview:
     def take_the_rest(self):
         """What is given and was not asked is the ini's to judge."""
         for key in list(self.given):
-            self.keys[key] = self.ask(
-                key, '', lambda text, warn: for_ini(key, text))
+            text = self.ask(key, '', lambda text, warn: for_ini(key, text))
+            if text:
+                self.keys[key] = text
 
     def tell(self, text):
         """What helps whoever is asked, in lines as wide as a terminal."""
