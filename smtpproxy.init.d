@@ -71,7 +71,7 @@ check_installation() {
     command -v "$PYTHON" >/dev/null ||
         fail 5 "no $PYTHON: install Python 3.8 or later, or set PYTHON in $0"
     [ -f "$CONFIG" ] ||
-        fail 6 "no $CONFIG: copy smtpproxy.ini.example there and edit it"
+        fail 6 "no $CONFIG: make it with smtpproxy.py --config $CONFIG --add"
 }
 
 start() {

@@ -5,14 +5,79 @@ Printers, cameras and old programs speak plain SMTP to this box; it keeps
 their mail safe in msgs/, lets handlers look at it, and delivers it through
 the account that belongs to the sender, with all that the account needs.
 
-    client -> smtps.Server -> Intake -> Spool -> Relay -> Courier -> server
-                                                   |
-                                                Handlers
+    client -> smtps.Server -> Intake -> Spool
+                                          |
+    server <- smtps.Delivery <- Courier <- Destination <- Relay, Handlers
 
 The sections are in the order of a mail's journey, each uses only those
 above it: Settings, Log, Spool, Front door, Handlers, Advice, OAuth2, Sign-in,
-Courier, Relay, Proxy, Commands, Main. The keys of the ini are explained in
-smtpproxy.ini.example.
+Courier, Relay, Proxy, Commands, Set-up, Main. README.md, For developers,
+walks through them with a mail. The keys of the ini are explained in
+smtpproxy.ini.example. The nouns:
+
+    Settings            the whole ini at one moment
+    Config, Logging     its sections [config] and [logging]
+    Account             one sender's way out
+    Number, Capped, Choice  how a value of the ini is read
+    OAuthKeys           checks the keys for signing in by OAuth2
+    IniReader           turns the file into Settings, collects mistakes
+    ConfigError         what is wrong with the ini
+
+    LogFile, OneLine, ForCommand  where log lines go, and how they look
+    HandlerLog          the logger of a handler
+
+    Mail                one mail in the spool: envelope, header, state
+    Address             a bare address, as handlers of 1.x compare it
+    Draft               a mail file that is being written
+    Folder              msgs/ as a folder: its lock, names that last
+    Spool               msgs/: the only owner of its files
+    Unreadable, Unfinished, Busy, NoLocks  what is wrong there
+
+    Admission           may this client send as this sender?
+    Intake              one client's way in
+    IncomingMessage     one mail on its way from a client to its Draft
+
+    Handlers            the plug-ins that are enabled
+    Callback            what a plug-in may ask for
+
+    AccountUnavailable  why no mail of an account can go now
+    Advice              what a known reply means, for its owner
+    Provider            what is known of a mail provider
+
+    Grant               one sign-in by OAuth2: its tokens, kept and renewed
+    Grants              all of them, shared by accounts
+    Tokens, TokenFile, State  what a Grant has, where, how it stands
+    Exchange            one question to a token server
+    Countdown, BrowserLogin  what a person sees while signing in
+    TokenServerAway, SignInNeeded, TokenDenied  why there is no token
+
+    SignIn              what an account asks before it takes mail
+    PopDialogue, PopLogin, PopPending  a POP login and its time
+    TokenRefused        the mail server takes another token, perhaps
+
+    Courier             takes mails to one account's server
+
+    MailQueue           ids of mails, and when each may be taken
+    Destination         one account's way out: its queue and its threads
+    Queues              where each mail is, every move between places
+    FailurePolicy       what a failure means for a mail
+    DeliveryAgent       delivers one destination's mail, in its thread
+    Requests            what the owner asks for with the commands
+    Relay               decides for every mail what happens next
+
+    Proxy               builds all of it and wires it together
+    StartError          why the service can't start
+
+    Trial               goes a mail's way and tells of each step: --test
+    TestMail            a mail that is in no spool
+    DemoProvider, PopProvider, OAuthProvider  the servers of --demo
+    DemoSession, DemoMessage, Page  what they do with a client
+
+    Ini                 an ini that only grows
+    Interview           finds the keys of one account: --add
+    NotAdded            why there is no new account
+
+    Signals, Stopped    what the owner asks of the service
 """
 import binascii
 import collections
@@ -20,6 +85,7 @@ import contextlib
 import errno
 import functools
 import heapq
+import io
 import os
 import queue
 import re
@@ -238,6 +304,7 @@ class Account(NamedTuple):
     smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
     smtpusername: one_line = ''
     smtppassword: one_line = ''
+    smtppasswordfile: file_path = ''
     smtpauth: Choice('auto', 'plain', 'login', 'cram-md5', 'xoauth2',
                      'oauthbearer') = 'auto'
     smtpweaktls: boolean = False
@@ -250,6 +317,7 @@ class Account(NamedTuple):
     popssl: boolean_or_tls = True
     popusername: one_line = ''
     poppassword: one_line = ''
+    poppasswordfile: file_path = ''
     popcheckdelay: Capped(0, DAY) = 60
     oauth: one_line = ''
     oauthclientid: one_line = ''
@@ -265,6 +333,7 @@ class Account(NamedTuple):
     replyto: mail_address = ''
     forcefrom: mail_address = ''
     localpassword: one_line = ''
+    localpasswordfile: file_path = ''
     use: one_line = ''
 
     @property
@@ -292,13 +361,15 @@ class Account(NamedTuple):
 @functools.lru_cache(1000)      # asked for each mail
 def connection_of(account):
     return account._replace(returnpath='', replyto='', forcefrom='',
-                            localpassword='', use='')
+                            localpassword='', localpasswordfile='', use='')
 
 
 class Settings(NamedTuple):
     """Never changed: a reload builds a new one. accounts: {lower-case section
     name: Account}, handlers: {name: {key: value}}, warnings: [str], grants:
-    {Account.grant: name of the section that holds its keys}."""
+    {Account.grant: name of the section that holds its keys}. missing: [str],
+    password files that can't be read here: the service can't do without them,
+    a command beside it can."""
     file: str
     config: Config
     logging: Logging
@@ -306,6 +377,7 @@ class Settings(NamedTuple):
     handlers: dict
     warnings: list
     grants: dict
+    missing: list
 
     def account_for(self, sender):
         """The Account of an envelope sender (str), or None."""
@@ -320,7 +392,6 @@ class Settings(NamedTuple):
                 return name
 
 
-SECRETS = ('password', 'secret')        # how the name of such a key ends
 
 # What oauth=<provider> sets where the ini does not. TENANT is oauthtenant.
 MICROSOFT = 'https://login.microsoftonline.com/TENANT/oauth2/v2.0/'
@@ -341,6 +412,9 @@ OAUTH_PRESETS = {
 MICROSOFT_APP_SCOPE = 'https://outlook.office365.com/.default'
 
 
+SECRETS = 'password', 'secret'          # how the name of such a key ends
+
+
 def masked(key, value):
     """value as it may be shown."""
     return '***' if value and key.endswith(SECRETS) else repr(value)
@@ -358,10 +432,19 @@ def nearest(word, known):
     return ': do you mean %s?' % near[0] if near else ''
 
 
-def load(path):
-    """Reads an ini file into Settings. Raises ConfigError with every mistake
-    in it, or OSError."""
-    return IniReader(path).settings()
+def load(path, content=None):
+    """Reads an ini file into Settings; content: bytes that it would hold.
+    Raises ConfigError with every mistake in it, or OSError."""
+    return IniReader(path, content).settings()
+
+
+def password_in(path):
+    """The password (str) that a file holds. Raises OSError, ValueError."""
+    with open(path, encoding='utf-8-sig') as file:
+        text = file.readline(1000)
+    if not text.strip():
+        raise ValueError('there is nothing in its first line')
+    return one_line(text.rstrip('\n'), None)
 
 
 class OAuthKeys:
@@ -499,19 +582,22 @@ class OAuthKeys:
 class IniReader:
     """Turns an ini file into Settings and collects what is wrong with it."""
 
-    def __init__(self, path):
+    def __init__(self, path, content=None):
         self._path, self._mistakes, self._warnings = path, [], []
+        self._missing = []
         self._folder = os.path.dirname(os.path.abspath(path))
         self._oauth = OAuthKeys(self._complain)
-        self._parser = self._parse(self._read())
+        self._parser = self._parse(self._read(content))
 
-    def _read(self):
-        with open(self._path, encoding='utf-8-sig') as file:
-            try:
-                return file.read()
-            except UnicodeDecodeError as error:
-                raise ConfigError(['%s: byte %d is not UTF-8: save the file '
-                                   'as UTF-8' % (self._path, error.start)])
+    def _read(self, content):
+        if content is None:
+            with open(self._path, 'rb') as file:
+                content = file.read()
+        try:
+            return io.TextIOWrapper(io.BytesIO(content), 'utf-8-sig').read()
+        except UnicodeDecodeError as error:
+            raise ConfigError(['%s: byte %d is not UTF-8: save the file as '
+                               'UTF-8' % (self._path, error.start)])
 
     def _parse(self, text):
         """A ConfigParser of text. What it can't read is noted and blanked,
@@ -569,7 +655,7 @@ class IniReader:
         return Settings(self._path, config, logs, accounts, handlers,
                         self._warnings + self._find_warnings(config, accounts),
                         {accounts[name].grant: name
-                         for name in self._oauth.sections()})
+                         for name in self._oauth.sections()}, self._missing)
 
     def _complain(self, section, key, what):
         self._mistakes.append('%s: [%s] %s%s' % (
@@ -639,22 +725,40 @@ class IniReader:
                 self._complain(section, 'use', 'must be the only key here')
             return
         self._oauth.check(section, found)
+        self._read_passwords(section, found)
         for key in ('smtphost',) + (
                 ('pophost', 'popusername', 'poppassword')
                 if found.get('popbeforesmtp') else ()):
-            if found.get(key, '') == '':
+            if found.get(key, '') == '' and not found.get(key + 'file'):
                 self._complain(section, key, 'is missing')
         if not found.get('smtpport'):
             implicit = found.get('smtpsecurity') == 'ssl'
             found['smtpport'] = 465 if implicit else 25
         if not found.get('oauth') and bool(found.get('smtpusername')) != bool(
-                found.get('smtppassword')):
+                found.get('smtppassword') or found.get('smtppasswordfile')):
             self._warnings.append(
                 '%s: [%s] has smtpusername or smtppassword without the other: '
                 'there will be no login' % (self._path, section))
         if (found.get('popssl'), found.get('popport', 995)) == ('tls', 995):
             self._warn(section, 'popssl', '= tls is for popport=110; on port '
                       '995 TLS begins at once: popssl=true')
+
+    def _read_passwords(self, section, found):
+        """Puts what a password file holds in the place of the password."""
+        for key in 'smtppassword', 'poppassword', 'localpassword':
+            path = found.get(key + 'file')
+            if path and found.get(key):
+                self._complain(section, key, 'and %sfile exclude each other: '
+                              'remove one of them' % key)
+            elif path:
+                try:
+                    found[key] = password_in(path)
+                    self._warnings += warn_of_password(path)
+                except (OSError, ValueError) as error:
+                    self._missing.append(
+                        '%s: [%s] %sfile = %s cannot be read: %s' % (
+                            self._path, section, key, path,
+                            getattr(error, 'strerror', None) or error))
 
     def _resolve(self, accounts):
         """Puts the account that is meant in the place of each use=."""
@@ -734,9 +838,9 @@ class IniReader:
                  for section, key, value in passwords if '%%' in value]
         found += self._find_divided(accounts)
         if not accounts:
-            found.append('%s: no account: all mail will be refused. Add a '
-                         'section such as [default]' % self._path)
-        if passwords:
+            found.append('%s: no account: all mail will be refused. Make one '
+                         'with --add' % self._path)
+        if passwords and os.path.exists(self._path):
             found += warn_of_secrets(self._path, service_group(config))
         return (found + warn_of_folder(config.msgdir)
                 + warn_of_program(self._path))
@@ -786,6 +890,15 @@ def warn_of_secrets(path, group):
         mend = 'chgrp %d %s; chmod 640 %s' % (group, path, path)
     return ['%s: others on this box can read the passwords in it: %s'
             % (path, mend)]
+
+
+def warn_of_password(path):
+    """[a warning] if anybody may read a password file. Who its group is, or
+    the list that systemd gives its copy, is the owner's to know."""
+    if not os.stat(path).st_mode & 0o007:
+        return []
+    return ['%s: others on this box can read the password in it: '
+            'chmod o-rwx %s' % (path, path)]
 
 
 def warn_of_folder(path):
@@ -1550,7 +1663,7 @@ class Spool(Folder):
     where they were: each state says when it was saved."""
 
     ID = re.compile(r'[0-9a-f]{8}-[0-9a-f]{5}')
-    OURS = ('corrupt', 'asked', '.lock')
+    _OURS = ('corrupt', 'asked', '.lock')
 
     def __init__(self, folder, clock=time.monotonic):
         super().__init__(folder)
@@ -1710,23 +1823,23 @@ class Spool(Folder):
 
     def start(self):
         """scan(), and goes on in the time of the newest mail: the service's
-        time, if there is nothing, begins with the box's."""
+        time, if there is nothing, begins with the box's. What was never
+        promised is removed, what is not ours is set aside."""
         found = self.scan()
         if found:
             newest = max(int(id[:8], 16) for id in found)
             self._epoch = newest + 1 - self._clock()
         self.first_own = '%08x' % int(self._now())
+        self._sweep(set(found))
         return found
 
-    def sweep(self, found):
-        """Removes what was never promised, sets aside what is not ours.
-        found: ids of mails. At start, before anything else is written."""
-        found = set(found)
+    def _sweep(self, found):
+        """found: ids of mails. Before anything else is written."""
         for name in os.listdir(self.folder):
             id, _, kind = name.rpartition('.')
             path = os.path.join(self.folder, name)
             if id in found and kind == 'mail' or (
-                    name in self.OURS or not os.path.isfile(path)):
+                    name in self._OURS or not os.path.isfile(path)):
                 continue
             if self.ID.fullmatch(id) and kind == 'new':
                 os.unlink(path)
@@ -4571,6 +4684,9 @@ class SignIn:
     def _by_password(self, delivery):
         """One mechanism after the other until one is taken."""
         account, answers = self.account, []
+        if account.smtppasswordfile and not account.smtppassword:
+            raise AccountUnavailable('there is no password: %s cannot be read'
+                                     % account.smtppasswordfile)
         for name in self._mechanisms(delivery, MECHANISMS):
             code, text = MECHANISMS[name](
                 delivery.ask, account.smtpusername, account.smtppassword)
@@ -4960,6 +5076,7 @@ LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
 UNANSWERED = 3              # copies at most, where each may have arrived
 BACKLOG = 8                 # mails that wait per connection before one more
+RELOAD = 'ini', 'reload'    # the request of --add, in the place of id and what
 
 
 class MailQueue:
@@ -5663,6 +5780,90 @@ class DeliveryAgent:
         self._relay.queues.let_go(mail.id, destination, when)
 
 
+class Requests:
+    """What the owner asks for with the commands, and with a reload. A request
+    is a file in asked/; it goes when it has been done, so a crash forgets
+    none. The relay's thread serves them."""
+
+    def __init__(self, relay, spool, reload_ini):
+        """reload_ini: callable(), what SIGHUP does."""
+        self._relay, self._queues = relay, relay.queues
+        self._spool, self._reload_ini = spool, reload_ini
+
+    def serve_all(self):
+        for path, id, what in self._spool.asked():
+            self._serve_one(path, id, what)
+
+    def ask_again(self, id):
+        """Leaves the owner's wish for a new try for later."""
+        try:
+            self._spool.ask(id, 'retry')
+        except OSError as error:
+            log.error('%s: the new try that was asked for cannot be noted: '
+                      '%s; ask again with --retry %s', id, error, id)
+
+    def _serve_one(self, path, id, what):
+        if id == 'all' and what == 'retry':
+            done = self._retry_all()
+        elif (id, what) == RELOAD:
+            self._reload_ini()
+            done = True
+        else:
+            done = not Spool.ID.fullmatch(id) or self._serve(id, what)
+        if not done:
+            return                          # the next time we look
+        try:
+            os.unlink(path)
+        except OSError as error:
+            log.error('%s cannot be removed: %s', path, error)
+
+    def _retry_all(self):
+        """Whether it could be done."""
+        found = self._relay.scan()
+        if found is None:
+            return False
+        self._queues.retry_all()
+        for id in found:
+            queue_ = self._queues.holder(id)
+            if queue_ in (None, self._queues.unrouted):
+                if not self._relay.revive(id):
+                    self.ask_again(id)
+            elif id in queue_.in_hand:
+                self.ask_again(id)
+        return True
+
+    def _serve(self, id, what):
+        """Whether it could be done: a mail that a thread has in hand, that
+        is still being received, or that can't be read has to wait."""
+        queue_ = self._queues.holder(id) or self._queues.unrouted
+        if id in self._spool.drafts or id in queue_.in_hand:
+            return False
+        if what == 'delete':
+            return self._discard(id, queue_)
+        if what == 'retry' and queue_ is self._queues.unrouted:
+            if not self._relay.revive(id):
+                return False
+            if self._queues.unrouted.claim(id):
+                self._relay.route(id)
+            queue_ = self._queues.holder(id)
+        if what == 'retry' and isinstance(queue_, Destination):
+            queue_.retry(id)
+        return True
+
+    def _discard(self, id, queue_):
+        if queue_ is self._queues.unrouted:
+            queue_.add(id)
+        if not queue_.claim(id):
+            return False                    # a thread has just taken it
+        mail = self._relay.load(id, queue_)
+        if mail:
+            log.info('%s: deleted as asked for; %s', id,
+                     describe(mail, mail.to))
+            self._spool.remove(mail)
+            queue_.done(id)
+        return id not in queue_             # it may be unreadable for now
+
+
 class Relay:
     """Decides for every mail what happens next.
 
@@ -5677,12 +5878,14 @@ class Relay:
     Where is a mail? queues.holder(id) tells.
     """
 
-    def __init__(self, spool, settings, handlers, clock=time.monotonic):
+    def __init__(self, spool, settings, handlers, clock=time.monotonic,
+                 reload_ini=None):
         self._spool, self._clock = spool, clock
         self.settings, self._handlers = settings, handlers
         self.grants = Grants(settings, clock)
         self.policy = FailurePolicy(spool, clock)
         self.queues = Queues(clock, self.grants, self._deliver)
+        self._requests = Requests(self, spool, reload_ini)
         self._last_round = -FOREVER     # what was asked for comes first
         self._reloaded = False          # the relay thread has to rescan
         self._last_errno = None
@@ -5750,7 +5953,7 @@ class Relay:
             return
         id = self.queues.unrouted.take(next_round - self._clock())
         if id:
-            self._route(id)
+            self.route(id)
 
     def _make_round(self):
         """What is left over, and what the owner has asked for."""
@@ -5758,8 +5961,7 @@ class Relay:
         if self._reloaded:
             self._rescan()
         self._spool.retry_removals()
-        for path, id, what in self._spool.asked():
-            self._serve_request(path, id, what)
+        self._requests.serve_all()
         self.grants.renew_idle()
         for destination in list(self.queues.destinations.values()):
             if destination.not_before == FOREVER:
@@ -5784,7 +5986,7 @@ class Relay:
                 self.policy.park(mail, destination.why, settings)
                 destination.done(id)
 
-    def _route(self, id):
+    def route(self, id):
         """Gives a mail that this thread has in hand to its destination."""
         mail = self.load(id, self.queues.unrouted,
                          to_send=bool(self._handlers.enabled))
@@ -5872,7 +6074,7 @@ class Relay:
         """After a reload: every mail finds its way anew, and what is parked
         is tried once more. What a thread has in hand just now may fail in the
         next moment: for that the owner's wish is left as a request."""
-        found = self._scan()
+        found = self.scan()
         if found is None:
             return                      # the next round does it
         self._reloaded = False          # before settings are looked at
@@ -5880,10 +6082,10 @@ class Relay:
             account.connection for account in self.settings.accounts.values()})
         self.queues.retry_all()
         for id in found:
-            if id in in_hand or id not in recalled and not self._revive(id):
-                self._ask_again(id)
+            if id in in_hand or id not in recalled and not self.revive(id):
+                self._requests.ask_again(id)
 
-    def _scan(self):
+    def scan(self):
         """The ids of all mails; None if msgs/ can't be read just now."""
         try:
             return self._spool.scan()
@@ -5891,11 +6093,13 @@ class Relay:
             self._note_unreadable(self._spool.folder, error)
             return None
 
-    def _revive(self, id):
+    def revive(self, id):
         """A mail that no destination has: if it is parked, it is tried again,
         and goes on with that after a crash. False if it can't be read now."""
-        if not self.queues.unrouted.add(id) or not self._spool.may_be_parked(id):
-            return True                 # we are closed; or its turn comes
+        if not self.queues.unrouted.add(id):
+            return True                 # we are closed
+        if not self._spool.may_be_parked(id):
+            return True                 # its turn comes
         self.queues.unrouted.claim(id)
         mail = self.load(id, self.queues.unrouted, to_send=False)
         if mail is None:
@@ -5905,75 +6109,6 @@ class Relay:
             self._spool.save(mail)
         self.queues.unrouted.give_back(id)
         return True
-
-    def _ask_again(self, id):
-        """Leaves the owner's wish for a new try for later."""
-        try:
-            self._spool.ask(id, 'retry')
-        except OSError as error:
-            log.error('%s: the new try that was asked for cannot be noted: '
-                      '%s; ask again with --retry %s', id, error, id)
-
-    # The owner's requests. A request's file goes when it has been done, so
-    # that a crash forgets none.
-
-    def _serve_request(self, path, id, what):
-        if id == 'all' and what == 'retry':
-            done = self._retry_all()
-        else:
-            done = not Spool.ID.fullmatch(id) or self._serve(id, what)
-        if not done:
-            return                          # the next time we look
-        try:
-            os.unlink(path)
-        except OSError as error:
-            log.error('%s cannot be removed: %s', path, error)
-
-    def _retry_all(self):
-        """Whether it could be done."""
-        found = self._scan()
-        if found is None:
-            return False
-        self.queues.retry_all()
-        for id in found:
-            queue_ = self.queues.holder(id)
-            if queue_ in (None, self.queues.unrouted):
-                if not self._revive(id):
-                    self._ask_again(id)
-            elif id in queue_.in_hand:
-                self._ask_again(id)
-        return True
-
-    def _serve(self, id, what):
-        """Whether it could be done: a mail that a thread has in hand, that
-        is still being received, or that can't be read has to wait."""
-        queue_ = self.queues.holder(id) or self.queues.unrouted
-        if id in self._spool.drafts or id in queue_.in_hand:
-            return False
-        if what == 'delete':
-            return self._discard(id, queue_)
-        if what == 'retry' and queue_ is self.queues.unrouted:
-            if not self._revive(id):
-                return False
-            if self.queues.unrouted.claim(id):
-                self._route(id)
-            queue_ = self.queues.holder(id)
-        if what == 'retry' and isinstance(queue_, Destination):
-            queue_.retry(id)
-        return True
-
-    def _discard(self, id, queue_):
-        if queue_ is self.queues.unrouted:
-            queue_.add(id)
-        if not queue_.claim(id):
-            return False                    # a thread has just taken it
-        mail = self.load(id, queue_)
-        if mail:
-            log.info('%s: deleted as asked for; %s', id,
-                     describe(mail, mail.to))
-            self._spool.remove(mail)
-            queue_.done(id)
-        return id not in queue_             # it may be unreadable for now
 
     def in_a_while(self):
         """When something that went wrong by itself may be tried again."""
@@ -6063,60 +6198,63 @@ ADDRESS_WAIT = 60           # seconds; START_WAIT in smtpproxy.init.d is longer
 class Proxy:
     """The only class that knows all others."""
 
-    hint = ('. If SIGHUP was meant to stop it: that was 1.x, install the '
+    _hint = ('. If SIGHUP was meant to stop it: that was 1.x, install the '
             'present smtpproxy.init.d')
 
     def __init__(self, settings, pause=time.sleep):
         """pause: callable(seconds), may raise what ends the start."""
-        self.settings, self.started = settings, settings.config
-        self.pause = pause
+        self.settings, self._started = settings, settings.config
+        self._pause = pause
         self.spool = Spool(settings.config.msgdir)
-        self.server = smtps.Server(self.make_session, hostname=HOST)
+        self._reloading = threading.Lock()      # the main thread, the relay
+        self.server = smtps.Server(self._make_session, hostname=HOST)
 
     def start(self):
         """Raises StartError; then nothing was touched."""
         try:
-            self.prepare()
+            self._prepare()
         except BaseException:
             self.server.stop(0)
             self.spool.close()
             raise
         try:
-            self.relay.start(self.found)
-            del self.found
+            self.relay.start(self._found)
+            del self._found
             self.server.start()
         except RuntimeError as error:
             self.stop()
             raise StartError('%s: is this box out of memory?' % error)
 
-    def prepare(self):
+    def _prepare(self):
         config = self.settings.config
+        require_passwords(self.settings)
         self.server.limits = self.limits(self.settings)
-        self.wait_for_address(config.host)
+        self._wait_for_address(config.host)
         self.listen(config.host, config.port)
         if config.tlsport:
             self.listen(config.host, config.tlsport, tls=True)
-        self.hand_over_files()
-        self.drop_rights()
+        self._hand_over_files()
+        self._drop_rights()
         open_log(self.settings)
-        self.found = self.open_spool()
+        self._found = self._open_spool()
         self.handlers = Handlers(self.settings)
-        self.relay = Relay(self.spool, self.settings, self.handlers)
-        self.warn()
+        self.relay = Relay(self.spool, self.settings, self.handlers,
+                           reload_ini=self.reload)
+        self._warn()
         log.info('smtpproxy %s listens on %s; accounts: %d, mails in %s: %d',
                  VERSION, self.ports(), len(self.settings.accounts),
-                 config.msgdir, len(self.found))
+                 config.msgdir, len(self._found))
 
     def ports(self):
         return 'port ' + ', '.join(sorted({
             str(sock.getsockname()[1]) for sock in self.server.listeners}))
 
-    def make_session(self, client):
+    def _make_session(self, client):
         return Intake(
             client, Admission(self.settings, bool(self.handlers.enabled)),
             self.spool.draft, self.relay.announce)
 
-    def wait_for_address(self, host):
+    def _wait_for_address(self, host):
         """At boot we may be faster than DHCP. Whatever else is wrong with a
         host fails at once, in listen()."""
         waited = 0
@@ -6124,7 +6262,7 @@ class Proxy:
             if not waited:
                 say('host=%s is no address of this box yet: waiting up to %d '
                     'seconds for it' % (host, ADDRESS_WAIT))
-            self.pause(1)
+            self._pause(1)
             waited += 1
 
     def listen(self, host, port, tls=False):
@@ -6171,7 +6309,7 @@ class Proxy:
             raise StartError('%s cannot be used: user %d may not write to %s'
                              % (folder, os.getuid(), there))
 
-    def hand_over_files(self):
+    def _hand_over_files(self):
         """What root made belongs to the user that we become."""
         uid, gid, name = identity(self.settings.config)
         if os.getuid() != 0 or uid is None and gid is None:
@@ -6193,7 +6331,7 @@ class Proxy:
                 error.filename or folder, name or self.settings.config.group,
                 error.strerror))
 
-    def drop_rights(self):
+    def _drop_rights(self):
         uid, gid, name = identity(self.settings.config)
         try:
             become(uid if uid != os.getuid() else None,
@@ -6202,13 +6340,11 @@ class Proxy:
             raise StartError('user= and group= in [config] need a start as '
                              'root')
 
-    def open_spool(self):
+    def _open_spool(self):
         folder = self.settings.config.msgdir
         try:
             self.spool.open()
-            found = self.spool.start()
-            self.spool.sweep(found)
-            return found
+            return self.spool.start()
         except Busy:
             raise StartError('another smtpproxy works on %s: stop that one '
                              'first, or set another msgdir=' % folder)
@@ -6224,31 +6360,39 @@ class Proxy:
 
     def reload(self):
         """Reads the ini anew; a bad one changes nothing."""
+        with self._reloading:
+            try:
+                self._reload()
+            except Exception:
+                log.exception('not reloaded: an error of ours')
+
+    def _reload(self):
         try:
             new = load(self.settings.file)
+            require_passwords(new)
             limits = self.limits(new)
         except (ConfigError, StartError, OSError) as error:
             for line in str(error).splitlines():
                 log.error('not reloaded: %s', line)
             return
         for key in ('port', 'tlsport', 'host', 'msgdir', 'user', 'group'):
-            if getattr(new.config, key) != getattr(self.started, key):
+            if getattr(new.config, key) != getattr(self._started, key):
                 log.warning('[config] %s has changed: that needs a restart',
                             key)
-        if self.started.tlsport and not new.config.tlscert:
+        if self._started.tlsport and not new.config.tlscert:
             log.warning('[config] tlscert is gone: clients at tlsport %d get '
-                        'a 421 until a restart', self.started.tlsport)
+                        'a 421 until a restart', self._started.tlsport)
         smtps.client_context.cache_clear()
         open_log(new)
         self.settings, self.handlers = new, Handlers(new)
         self.server.limits = limits
         self.relay.reload(new, self.handlers)
-        self.warn()
+        self._warn()
         log.info('reloaded %s: %d accounts, waiting mail is tried now%s',
-                 new.file, len(new.accounts), self.hint)
-        self.hint = ''
+                 new.file, len(new.accounts), self._hint)
+        self._hint = ''
 
-    def warn(self):
+    def _warn(self):
         """What is odd, or waits for a person, at a start and a reload."""
         for warning in self.settings.warnings:
             log.warning('%s', warning)
@@ -6286,6 +6430,12 @@ def become_owner(config):
         return                          # nobody has been here before
     hand_over_tokens(config.tokendir, [uid, gid])
     become(uid, gid, name)
+
+
+def require_passwords(settings):
+    """Raises StartError if a password file can't be read."""
+    if settings.missing:
+        raise StartError('\n'.join(settings.missing))
 
 
 def listener_tls(config):
@@ -6327,8 +6477,8 @@ def check(settings, options):
     for name in handlers.helpers:
         tell('handlers/%s.py is no handler: a module for others to import'
              % name)
-    for line in settings.warnings + handlers.problems + show_grants(
-            settings):
+    for line in (settings.missing + settings.warnings + handlers.problems
+                 + show_grants(settings)):
         tell('warning: ' + line)
     for line in problems:
         say(line)
@@ -6494,10 +6644,11 @@ def ask_service(spool, id, what, sleeptime):
     end = time.monotonic() + sleeptime + 5
     while os.path.exists(path):
         if time.monotonic() > end:
-            tell('the service is asked; it is busy with that mail')
+            tell('the service is asked; it is busy')
             return 0
         time.sleep(0.05)
-    tell('deleted' if what == 'delete' else 'the service tries it now')
+    tell({'delete': 'deleted', 'reload': 'the service has read it again'}.get(
+        what, 'the service tries it now'))
     return 0
 
 
@@ -7134,6 +7285,451 @@ def demo_page():
 DEMOS = {'pop': PopProvider, 'oauth': OAuthProvider}
 
 
+# --- Set-up: an account without an editor -----------------------------------
+
+SMALL_INI = """\
+# Settings of smtpproxy; smtpproxy.ini.example explains every key. For one
+# more account: python3 smtpproxy.py --add
+
+[config]
+%s# What can't be delivered is kept and tried again.
+deleteonerror=false
+"""
+USUAL_INI = 'smtpproxy.ini'
+USUAL_PORT = {'none': 25, 'tls': 587, 'ssl': 465}
+OTHER = Provider('other', '', '', 0, '', username='')   # host and port
+
+
+class NotAdded(Exception):
+    """Why there is no new account, for the owner."""
+
+
+class Ini:
+    """An ini that only grows: what is in it stays, byte for byte. It may not
+    be there yet. The file is never replaced: it may be a link, or mounted
+    alone into a container.
+
+    content: bytes; exists: bool."""
+
+    def __init__(self, path):
+        self.path, self.exists, self.content = path, os.path.exists(path), b''
+        if self.exists:
+            with open(path, 'rb') as file:
+                self.content = file.read()
+
+    def require_rights(self):
+        """Raises NotAdded before the owner has answered anything."""
+        where = self.path if self.exists else os.path.dirname(
+            os.path.realpath(self.path))
+        if not os.access(where, os.W_OK):
+            raise NotAdded('%s cannot be changed by user %d: nothing is asked '
+                           'and nothing written' % (where, os.getuid()))
+
+    def addition(self, text):
+        """The bytes that have to follow, so that text (str, with LF) is a
+        part of its own, with the line ends of the file."""
+        first = re.search(rb'\r\n|\n|\r', self.content)
+        before = '' if not self.content else '\n' if self.content.endswith(
+            (b'\n', b'\r')) else '\n\n'
+        return (before + text).encode().replace(
+            b'\n', first[0] if first else b'\n')
+
+    def append(self, addition):
+        """In one write; if that fails, the file is as it was. Raises
+        NotAdded."""
+        if Ini(self.path).content != self.content:
+            raise NotAdded('%s has changed meanwhile: nothing was written, '
+                           'start again' % self.path)
+        try:
+            self._append(os.path.realpath(self.path), addition)
+        except OSError as error:
+            raise NotAdded('%s cannot be written: %s; nothing was changed' % (
+                self.path, error.strerror))
+
+    def _append(self, path, addition):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | (
+            0 if self.exists else os.O_CREAT | os.O_EXCL), 0o600)
+        try:
+            if os.write(file, addition) < len(addition):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(file)
+            if not self.exists:
+                sync_folder(os.path.dirname(path))
+        except OSError:
+            os.ftruncate(file, len(self.content))
+            if not self.exists:
+                os.unlink(path)
+            raise
+        finally:
+            os.close(file)
+
+
+class Interview:
+    """Finds the keys of one account: what the command line gives is not
+    asked. Who is asked is asked until the ini would take the answer.
+
+    given: {name: text} of the command line, what is used goes; keys: {key:
+    text} of the answers; somebody: is there anybody to ask?"""
+
+    def __init__(self, given):
+        self.given, self.keys = given, {}
+        self.somebody = sys.stdin is not None and sys.stdin.isatty()
+
+    def ask(self, name, question, kind, default=None):
+        """An answer, as kind (see Settings) makes it. default: what Enter
+        means, and nobody; None: there has to be an answer. Raises NotAdded.
+        """
+        while True:
+            is_given = name in self.given
+            text = self.given.pop(name) if is_given else self._answer(
+                name, question, default)
+            try:
+                if not (text or is_given or default is not None):
+                    raise ValueError('is needed')
+                return kind(text, tell)
+            except ValueError as error:
+                if is_given or not self.somebody:
+                    raise NotAdded('%s %s' % (name, error))
+                tell('It %s.' % error)
+
+    def key(self, key, question='', default=None):
+        """The same for a key of the account; it is kept unless empty."""
+        kind = Account.__annotations__.get(key, one_line)
+        value = self.ask(key, question, lambda text, warn: kind(
+            for_ini(key, text), lambda what: warn('%s %s' % (key, what))),
+            default)
+        text = str(value).lower() if isinstance(value, bool) else str(value)
+        if text:
+            self.keys[key] = text
+        return value
+
+    def take_the_rest(self):
+        """What is given and was not asked is the ini's to judge."""
+        for key in list(self.given):
+            text = self.ask(key, '', lambda text, warn: for_ini(key, text))
+            if text:
+                self.keys[key] = text
+
+    def tell(self, text):
+        """What helps whoever is asked, in lines as wide as a terminal."""
+        if self.somebody:
+            import textwrap
+            for line in textwrap.wrap(text, 79, break_on_hyphens=False):
+                tell(line)
+
+    def agrees(self, question):
+        """Whether there is somebody who says yes."""
+        return self.ask('', question + ' yes or no', lambda text, warn:
+                        text.lower() in ('y', 'yes'), 'no')
+
+    def _answer(self, name, question, default):
+        """What is typed, without the blanks around it; - for nothing."""
+        if not self.somebody:
+            if default is None:
+                raise NotAdded('%s is missing: nobody can be asked here, so '
+                               'it must stand behind --add' % name)
+            return str(default)
+        if name.endswith(SECRETS):
+            return read_secret(question)
+        try:
+            text = input('%s%s: ' % (question, (
+                ' [%s]' % default if default else ''))).strip()
+        except EOFError:
+            raise NotAdded('nothing was written')
+        return '' if text == '-' else text or str(default or '')
+
+
+def read_secret(question):
+    """A line that is not shown while it is typed."""
+    if sys.stdin is not None and sys.stdin.isatty():
+        import getpass
+        try:
+            return getpass.getpass(question + ' (not shown): ')
+        except EOFError:
+            raise NotAdded('nothing was written')
+    return sys.stdin.readline().rstrip('\r\n') if sys.stdin else ''
+
+
+def for_ini(key, text):
+    """text, if an ini gives it back as it is. Raises ValueError."""
+    if '\n' in text or '\r' in text:
+        raise ValueError('has more than one line')
+    if text != text.strip():
+        raise ValueError('begins or ends with a blank, which an ini can not '
+                         'hold' + (': use %sfile' % key if key.endswith(
+                             'password') else ''))
+    if text.encode('utf-8', 'replace').decode() != text:
+        raise ValueError('has characters that are no UTF-8')
+    return text
+
+
+def given_keys(words):
+    """{key: value} of the command line. A password is not shown there to all
+    who call ps: it is read, in the order of the words. Raises NotAdded."""
+    given = {}
+    for word in words:
+        key, equals, value = word.partition('=')
+        if not equals or not re.fullmatch('[a-z]+', key):
+            raise NotAdded('what stands behind --add SENDER must be key=value')
+        if key in given:
+            raise NotAdded('%s is there twice' % key)
+        if key.endswith(SECRETS):
+            if value != '-':
+                raise NotAdded('%s must not stand there, where others can see '
+                               'it: %s=- reads it from stdin' % (key, key))
+            value = read_secret(key)
+        given[key] = value
+    return given
+
+
+def add(options):
+    """--add [SENDER [key=value ...]]: one account more in the ini. Raises
+    NotAdded."""
+    ini = Ini(options.config)
+    ini.require_rights()
+    now = load(ini.path, ini.content)
+    interview = Interview({'sender': options.add[0]} if options.add else {})
+    sender = interview.ask(
+        'sender', 'The address that your device sends from',
+        functools.partial(new_section, now))
+    interview.given = given_keys(options.add[1:])
+    ask_account(interview, sender)
+    text = '' if ini.exists else SMALL_INI % ask_port(interview, now) + '\n'
+    interview.take_the_rest()
+    addition = ini.addition(text + section_of(sender, interview.keys))
+    settings = load(ini.path, ini.content + addition)
+    require_trial(interview, settings, sender)
+    ini.append(addition)
+    tell('%s has a new section: [%s]' % (ini.path, sender))
+    code = 0
+    if 'oauth' in interview.keys:
+        options.login = sender
+        code = login(settings, options)
+    for warning in settings.warnings:
+        if warning not in now.warnings:
+            tell('warning: ' + warning)
+    tell_device(settings, sender)
+    wake_service(settings)
+    return code
+
+
+def new_section(settings, text, warn):
+    """The name of a section that is not there yet. Raises ValueError."""
+    if text.lower() in settings.accounts:
+        raise ValueError('= %s has a section in %s already: change it there'
+                         % (text, settings.file))
+    if text.lower() != 'default' and not (text.isprintable() and re.match(
+            r'(\*|[^][<>@\s]+)@[^][<>@\s]+\Z', text)):
+        raise ValueError('must be an address such as printer@home.lan, '
+                         '*@home.lan for its whole domain, or default')
+    return for_ini('sender', text)
+
+
+def section_of(name, keys):
+    """The lines of an account, in the order of the keys in README.md."""
+    known = [key for key in Account._fields if key in keys]
+    return '[%s]\n' % name + ''.join(
+        '%s=%s\n' % (key, keys[key])
+        for key in known + sorted(keys.keys() - set(known)))
+
+
+def require_trial(interview, settings, sender):
+    """Tries the account, but for one that has to sign in first. Raises
+    NotAdded unless it works or the owner wants it all the same."""
+    for problem in settings.missing:
+        tell(problem)
+    if 'oauth' not in interview.keys and not trial(
+            settings, settings.account_for(sender)) and not interview.agrees(
+                'It does not work. Write it all the same?'):
+        raise NotAdded('it does not work: nothing was written')
+
+
+# What is asked.
+
+def ask_account(interview, sender):
+    """Asks for what an account of this sender needs."""
+    given = interview.given
+    if 'use' in given:
+        return                          # it is the only key
+    provider = ask_provider(interview, sender)
+    ask_server(interview, provider)
+    way = ask_way(interview, provider)
+    address = ''
+    if way == 'pop':
+        ask_pop(interview)
+    if way in ('password', 'oauth') or 'smtpusername' in given:
+        address = ask_user(interview, provider, sender)
+    if way == 'oauth':
+        ask_oauth(interview, provider)
+    elif 'smtpusername' in interview.keys and 'smtppasswordfile' not in given:
+        interview.key('smtppassword', 'Password')
+    if address.lower() != sender.lower() and (
+            address or provider is not OTHER):
+        interview.key('forcefrom', 'From address of its mails; - leaves that '
+                      'of the device', address)
+
+
+def ask_provider(interview, sender):
+    if 'smtphost' in interview.given and 'provider' not in interview.given:
+        return OTHER
+    known = {provider.name: provider for provider in (*PROVIDERS, OTHER)}
+    domain, usual = sender.lower().rpartition('@')[2], None
+    for provider in PROVIDERS:
+        if domain in provider.domains.split():
+            usual = provider.name
+    if 'provider' not in interview.given:
+        interview.tell('Providers: %s (with its server and port).'
+                       % ', '.join(known))
+    provider = known[interview.ask('provider', 'Your provider', Choice(
+        *known), usual)]
+    if provider.note:
+        interview.tell('Note: %s.' % provider.note)
+    return provider
+
+
+def ask_server(interview, provider):
+    """Of a provider all is known, unless it has a server for each region."""
+    if provider is not OTHER:
+        for key in 'smtphost', 'smtpport', 'smtpsecurity':
+            if key not in provider.note:
+                interview.given.setdefault(key, str(getattr(provider, key)))
+    interview.key('smtphost', 'Its server for outgoing mail',
+                  provider.smtphost or None)
+    security = interview.key(
+        'smtpsecurity', 'Encryption: tls (STARTTLS), ssl or none', 'tls')
+    interview.key('smtpport', 'Its port', USUAL_PORT[security])
+
+
+def ask_way(interview, provider):
+    """How the server knows who sends: 'password', 'pop', 'oauth', 'none'."""
+    given = interview.given
+    if 'oauth' in given:
+        return 'oauth'
+    if 'popbeforesmtp' in given and interview.key('popbeforesmtp'):
+        return 'pop'
+    if any(key.startswith('smtppassword') for key in given):
+        return 'password'
+    if provider is not OTHER or 'smtpusername' in given:
+        return 'oauth' if provider.oauth else 'password'
+    return interview.ask(
+        'login', 'It knows you by password, pop (a POP login first), oauth or '
+        'none', Choice('password', 'pop', 'oauth', 'none'),
+        'password')
+
+
+def ask_user(interview, provider, sender):
+    """The login's name. Returns the mail address that it belongs to, or ''.
+    """
+    wanted, usual = provider.username, None
+    if wanted not in ('', 'address', 'local'):
+        interview.given.setdefault('smtpusername', wanted)
+    if sender.lower().rpartition('@')[2] in provider.domains.split():
+        usual = sender
+    user = interview.key('smtpusername', 'Your %s there' % (
+        'mail address' if wanted in ('address', 'local') else 'user name'),
+        usual)
+    if wanted == 'local':
+        interview.keys['smtpusername'] = user.partition('@')[0]
+    return user if '@' in user else ''
+
+
+def ask_pop(interview):
+    interview.keys['popbeforesmtp'] = 'true'
+    interview.key('pophost', 'Its POP server')
+    secure = interview.key('popssl', 'TLS with it, true or false', 'true')
+    interview.key('popport', 'Its port', 995 if secure is True else 110)
+    interview.key('popusername', 'Your user name there')
+    if 'poppasswordfile' not in interview.given:
+        interview.key('poppassword', 'POP password')
+
+
+def ask_oauth(interview, provider):
+    if provider.oauth:
+        interview.given.setdefault('oauth', provider.oauth)
+    kind = interview.key('oauth', 'OAuth2 of microsoft, google or other',
+                         'other')
+    interview.key('oauthclientid', 'The id of your app registration')
+    if kind == 'microsoft':
+        interview.key('oauthtenant', 'The tenant: its domain or id, or common',
+                      'consumers' if provider.name == 'outlook' else 'common')
+    elif kind == 'google':
+        interview.key('oauthclientsecret', 'The secret of your app')
+    else:
+        interview.key('oauthtokenurl', 'The address that gives tokens')
+        interview.key('oauthscope', 'The scope to ask for')
+        if not interview.key('oauthdeviceurl', 'The address for device codes',
+                             ''):
+            interview.key('oauthauthurl', 'The address to sign in at')
+
+
+def ask_port(interview, settings):
+    """The line with the port for a new ini, '' if it is the usual one."""
+    def usable(text, warn):
+        port, proxy = port_number(text, warn), Proxy(settings)
+        try:
+            proxy.listen('', port)
+        except StartError as error:
+            raise ValueError('can not be used: %s' % error)
+        finally:
+            proxy.server.stop(0)
+        return port
+    if 'port' not in interview.given:
+        try:
+            usable('25', tell)
+            return ''
+        except ValueError as error:
+            interview.tell('Port 25 %s.' % error)
+    return 'port=%d\n' % interview.ask('port', 'The port for your devices',
+                                       usable, 2525)
+
+
+# What the owner is told.
+
+def tell_device(settings, sender):
+    config = settings.config
+    whose = {'default': 'any address'}.get(sender.lower(), sender)
+    if sender.startswith('*@'):
+        whose = 'any address with ' + sender[1:]
+    tell('')
+    tell('Set in the device:')
+    for what, value in (
+            ('SMTP server', config.host or own_address()),
+            ('port', '%d' % config.port),
+            ('encryption', 'STARTTLS or none' if config.tlscert else 'none'),
+            ('sender', whose),
+            ('login', '%s, with its localpassword' % sender
+             if settings.accounts[sender.lower()].localpassword else 'none')):
+        tell('    %-12s %s' % (what, value))
+    tell('')
+
+
+def own_address():
+    """How devices reach this box, as far as it can know."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(('192.0.2.1', 9))      # finds the way, sends nothing
+        except OSError:
+            return HOST
+        return sock.getsockname()[0]
+
+
+def wake_service(settings):
+    """Has the service read its ini again, if there is one."""
+    spool = command_spool(settings)
+    try:
+        if os.path.isdir(spool.folder):
+            spool.open(patience=0)
+            spool.close()
+        tell('Now start it: python3 smtpproxy.py' + (
+            '' if settings.file == USUAL_INI else
+            ' --config ' + settings.file))
+    except Busy:
+        ask_service(spool, *RELOAD, settings.config.sleeptime)
+    except OSError as error:
+        tell('%s: %s; if the service runs, have it reload (SIGHUP)' % (
+            spool.folder, error.strerror))
+
+
 # --- Main -------------------------------------------------------------------
 
 def parse(arguments):
@@ -7141,7 +7737,7 @@ def parse(arguments):
     parser = argparse.ArgumentParser(
         prog='smtpproxy.py', description='Hands on the mail of devices that '
         'can not talk to today\'s mail servers.')
-    parser.add_argument('--config', metavar='FILE', default='smtpproxy.ini',
+    parser.add_argument('--config', metavar='FILE', default=USUAL_INI,
                         help='the ini (default: ./smtpproxy.ini)')
     add = parser.add_mutually_exclusive_group().add_argument
     add('--check', action='store_true', help='look for mistakes, do not start')
@@ -7151,6 +7747,8 @@ def parse(arguments):
         help='go the way that mail would go')
     add('--login', metavar='ADDRESS', help='sign in by OAuth2')
     add('--logout', metavar='ADDRESS', help='forget a sign-in')
+    add('--add', nargs='*', metavar=('SENDER', 'key=value'),
+        help='ask for an account, try it, put it into the ini')
     add('--queue', action='store_true', help='what waits in msgs/')
     add('--retry', metavar='ID', help='try a mail, or all, now')
     add('--delete', metavar='ID', help='remove a mail')
@@ -7254,10 +7852,7 @@ def serve_until_stopped(proxy, signals):
         came = signals.wait()
         if asks_to_stop(came):
             return
-        try:
-            proxy.reload()
-        except Exception:
-            log.exception('not reloaded: an error of ours')
+        proxy.reload()
 
 
 def main(arguments):
@@ -7269,6 +7864,8 @@ def main(arguments):
     try:
         if options.demo:
             return demo(options)
+        if options.add is not None:
+            return add(options)
         settings = load(options.config)
         for name, command in COMMANDS.items():
             if getattr(options, name) not in (None, False):
@@ -7276,9 +7873,9 @@ def main(arguments):
         return serve(settings)
     except FileNotFoundError as error:
         say('%s is missing%s' % (error.filename, (
-            ': copy smtpproxy.ini.example to it and fill it in, or see how it '
+            ': make it with --add, or of smtpproxy.ini.example, or see how it '
             'works with --demo') if error.filename == options.config else ''))
-    except (ConfigError, StartError) as error:
+    except (ConfigError, StartError, NotAdded) as error:
         for line in str(error).splitlines():
             say(line)
     except OSError as error:

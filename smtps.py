@@ -58,7 +58,7 @@ The listener:
     DiskThread  makes mails safe, all that wait at once
     WorkerPool  threads for what else may take long
     Connection  one client's socket: bytes in and out, never waiting
-    Conversation    what is said over it: the verbs, in the client's order
+    Conversation, Authentication    what is said over it: the verbs
     DataReader  finds the end of DATA and makes every line end CRLF
     Closing, IdleTimeout, Disconnected      how a conversation ends early
 
@@ -70,6 +70,10 @@ The client's end:
     Report      what became of each recipient
     ServiceUnavailable      the server has trouble of its own
     BoundedReader, SmtpDialogue     replies have an end
+
+By itself, as a program:
+
+    Printer, PrintedMessage     show what comes
 
 Where the listener's threads meet. A thread for each client would spend its
 time handing CPython's interpreter lock around, and most of a conversation is
@@ -704,7 +708,72 @@ VERBS = ('HELO', 'EHLO', 'MAIL', 'RCPT', 'DATA', 'RSET', 'NOOP', 'VRFY',
 WEB = ('GET', 'POST', 'HEAD', 'PUT', 'OPTIONS', 'CONNECT')
 
 
-class Conversation(Connection):
+def parse_plain(answer):
+    """(user, password) of AUTH PLAIN, RFC 4616. Raises Refused."""
+    if answer.count('\0') != 2:
+        raise Refused(501, '5.5.2 that is not AUTH PLAIN')
+    return answer.split('\0')[1:]
+
+
+def parse_xoauth2(answer):
+    """(user, token) of Google's and Microsoft's mechanism. Raises Refused."""
+    match = re.fullmatch('user=(.*)\1auth=Bearer (.*)\1\1', answer)
+    if not match:
+        raise Refused(501, '5.5.2 that is not AUTH XOAUTH2')
+    return match.groups()
+
+
+class Authentication(Connection):
+    """AUTH, RFC 4954: how a client signs in. Part of a Conversation."""
+
+    def _do_AUTH(self, argument):
+        if self.client.user is not None:
+            raise Refused(503, '5.5.1 already signed in')
+        if self._sender is not None:
+            raise Refused(503, '5.5.1 not during a mail')
+        mechanism, _, initial = argument.partition(' ')
+        if mechanism.upper() not in self._session.mechanisms:
+            raise Refused(504, '5.5.4 AUTH takes '
+                          + ' or '.join(self._session.mechanisms))
+        ask = getattr(self, '_auth_' + mechanism.lower())
+        user, password = yield from ask(initial.strip())
+        yield OFFLOAD
+        try:
+            self._session.auth(user, password)
+        except Refused:
+            yield from self._pause(AUTH_PAUSE)      # no guessing by the score
+            raise
+        self.client.user, self._hushed = user, False
+        self._reply(235, '2.7.0 signed in')
+        yield RESUME
+
+    def _auth_plain(self, initial):
+        return parse_plain((yield from self._answer_to('', initial)))
+
+    def _auth_login(self, initial):
+        """Old clients compare these challenges letter by letter."""
+        user = yield from self._answer_to('VXNlcm5hbWU6', initial)
+        return user, (yield from self._challenge('UGFzc3dvcmQ6'))
+
+    def _auth_xoauth2(self, initial):
+        return parse_xoauth2((yield from self._answer_to('', initial)))
+
+    def _answer_to(self, text, initial):
+        """It may have come with the command."""
+        return decode64(initial) if initial else (
+            yield from self._challenge(text))
+
+    def _challenge(self, text):
+        """Asks; returns the decoded answer. The blank behind 334 is needed
+        by clients that wait for a line whose fourth byte is one."""
+        self._reply(334, text)
+        answer = yield from self._read_line(AUTH_LINE)
+        if answer.strip() == '*':
+            raise Refused(501, '5.7.0 cancelled')
+        return decode64(answer)
+
+
+class Conversation(Authentication):
     """One client's commands and our replies. Its state is what the client has
     said so far: client.hello, client.user, _sender, _recipients."""
 
@@ -850,59 +919,6 @@ class Conversation(Connection):
         self._forget()
         self.client.hello = self.client.user = None
         yield from self._secure(self._limits.tls)
-
-    def _do_AUTH(self, argument):
-        if self.client.user is not None:
-            raise Refused(503, '5.5.1 already signed in')
-        if self._sender is not None:
-            raise Refused(503, '5.5.1 not during a mail')
-        mechanism, _, initial = argument.partition(' ')
-        if mechanism.upper() not in self._session.mechanisms:
-            raise Refused(504, '5.5.4 AUTH takes '
-                          + ' or '.join(self._session.mechanisms))
-        ask = getattr(self, '_auth_' + mechanism.lower())
-        user, password = yield from ask(initial.strip())
-        yield OFFLOAD
-        try:
-            self._session.auth(user, password)
-        except Refused:
-            yield from self._pause(AUTH_PAUSE)      # no guessing by the score
-            raise
-        self.client.user, self._hushed = user, False
-        self._reply(235, '2.7.0 signed in')
-        yield RESUME
-
-    def _auth_plain(self, initial):
-        """RFC 4616; returns (user, password)."""
-        answer = decode64(initial) if initial else (
-            yield from self._challenge(''))
-        if answer.count('\0') != 2:
-            raise Refused(501, '5.5.2 that is not AUTH PLAIN')
-        return answer.split('\0')[1:]
-
-    def _auth_login(self, initial):
-        """Old clients compare these challenges letter by letter."""
-        user = decode64(initial) if initial else (
-            yield from self._challenge('VXNlcm5hbWU6'))
-        return user, (yield from self._challenge('UGFzc3dvcmQ6'))
-
-    def _auth_xoauth2(self, initial):
-        """That of Google and Microsoft; returns (user, token)."""
-        answer = decode64(initial) if initial else (
-            yield from self._challenge(''))
-        match = re.fullmatch('user=(.*)\1auth=Bearer (.*)\1\1', answer)
-        if not match:
-            raise Refused(501, '5.5.2 that is not AUTH XOAUTH2')
-        return match.groups()
-
-    def _challenge(self, text):
-        """Asks; returns the decoded answer. The blank behind 334 is needed
-        by clients that wait for a line whose fourth byte is one."""
-        self._reply(334, text)
-        answer = yield from self._read_line(AUTH_LINE)
-        if answer.strip() == '*':
-            raise Refused(501, '5.7.0 cancelled')
-        return decode64(answer)
 
     # A mail.
 
@@ -1532,7 +1548,7 @@ class Report:
             code, text), stage
         self.open.remove(recipient)
 
-    def settle_rcpt(self, replies):
+    def _settle_recipients(self, replies):
         """Files who was refused at RCPT; replies: [(code, text)]. Where some
         are taken, 552 says as 452 does that these are too many for one
         transaction (RFC 5321 4.5.3.1.10). If it meant them, it will say so
@@ -1544,6 +1560,20 @@ class Report:
             if some_are_taken and code in TOO_MANY:
                 self.crowded, code = True, 452
             self.settle(recipient, code, text, 'rcpt')
+
+    def settle_envelope(self, mail, recipients, data):
+        """Files those who were refused; True if the server waits for the
+        content. mail, data: (code, text), recipients: a list of them. Raises
+        OSError if the replies make no sense."""
+        if mail[0] >= 300:
+            self.settle_all(*mail, 'mail')
+        self._settle_recipients(recipients)
+        if data[0] == 354:
+            return True
+        if data[0] < 400:
+            raise OSError('DATA was answered %d %s' % data)
+        self.settle_all(*data, 'data')
+        return False
 
     def settle_all(self, code, text, stage=''):
         """One reply for all that are open."""
@@ -1781,7 +1811,7 @@ class Delivery:
             return report
         replies = self._begin(envelope)
         try:
-            if self._wants_content(report, *replies):
+            if report.settle_envelope(*replies):
                 self._unfinished = False
                 self._finish(report, header, body, following)
             self.used = True
@@ -1858,20 +1888,6 @@ class Delivery:
         if envelope.size and self.offers('size') is not None:
             words += ' SIZE=%d' % envelope.size
         return words
-
-    @staticmethod
-    def _wants_content(report, mail, recipients, data):
-        """Files those who were refused; True if the server waits for the
-        content. Raises OSError if the replies make no sense."""
-        if mail[0] >= 300:
-            report.settle_all(*mail, 'mail')
-        report.settle_rcpt(recipients)
-        if data[0] == 354:
-            return True
-        if data[0] < 400:
-            raise OSError('DATA was answered %d %s' % data)
-        report.settle_all(*data, 'data')
-        return False
 
     def _finish(self, report, header, body, following):
         """The content and its verdict. Raises OSError."""

@@ -246,7 +246,7 @@ def spool_life(root, tell):
     """What happens to one mail in the spool."""
     spool = smtpproxy.Spool(os.path.join(root, 'msgs'))
     spool.open()
-    spool.sweep(spool.start())
+    spool.start()
     draft = spool.draft('a@home.lan', ['b@home.lan', 'c@home.lan'], {})
     draft.write(b'Subject: death\r\n\r\n')
     draft.write(b'a line of many\r\n' * 10000)

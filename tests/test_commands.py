@@ -391,6 +391,20 @@ class Check(CommandCase):
         self.assertEqual(2, out.count('smtphost'))
         self.assertNotIn('hush', out)
 
+    def test_a_password_file_is_named_and_its_content_is_not(self):
+        path = self.write('secret', 'hush')
+        self.ini(accounts={SENDER: self.account(
+            smtpusername='me', smtppasswordfile=path)})
+
+        self.assertIn("smtppasswordfile = '%s'" % path,
+                      self.succeed('--check'))
+        self.assertNotIn('hush', self.succeed('--check'))
+        os.unlink(path)
+
+        self.assertIn('warning: %s: [%s] smtppasswordfile = %s cannot be '
+                      'read' % (self.path('smtpproxy.ini'), SENDER, path),
+                      self.succeed('--check'))
+
     def test_every_mistake_is_named_and_nothing_is_touched(self):
         self.ini({'port': 'x', 'allow': 'y'}, {SENDER: {'smtport': 1}})
 

@@ -732,6 +732,15 @@ class SigningIn(CourierCase):
                 self.assertSent(report)
                 self.assertIsNone(smtp.mails[0].user)
 
+    def test_a_password_file_that_was_not_read_is_no_login_without_one(self):
+        smtp = self.smtp()
+
+        report = self.deliver(self.courier(
+            smtp, smtpusername=USER, smtppasswordfile='/no/secret'))
+
+        self.assertUnavailable(report, '/no/secret cannot be read')
+        self.assertEqual([], smtp.mails)
+
     def test_a_challenge_that_is_no_base64_is_trouble(self):
         smtp = self.smtp({'AUTH': '334 !'}, mechanisms=['CRAM-MD5'])
 

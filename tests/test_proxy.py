@@ -82,6 +82,42 @@ class Reload(ProxyCase):
         self.assertLogged('ERROR', 'not reloaded', 'smtpproxy.ini')
         self.assertEqual(250, self.code(SENDER))
 
+    def with_password_file(self):
+        """{section: keys} with a password that is in a file."""
+        self.upstream.users = {'me': 'hush'}
+        self.upstream.require_auth = True
+        self.write('secret', 'wrong\n')
+        return {SENDER: self.account(
+            smtpusername='me', smtppasswordfile='secret')}
+
+    def test_a_password_file_is_read_again(self):
+        self.start({'sleeptime': 600}, self.with_password_file())
+        self.assertLogged(self.submit(), 'not delivered')
+        self.write('secret', 'hush\n')
+
+        self.proxy.reload()
+
+        self.assertDelivered([A])
+        self.assertNotLogged('hush')
+
+    def test_a_password_file_that_is_gone_leaves_the_old_one_in_force(self):
+        self.start(accounts=self.with_password_file())
+        os.unlink(self.path('secret'))
+
+        self.proxy.reload()
+
+        self.assertLogged('ERROR', 'not reloaded', 'smtppasswordfile')
+        self.assertEqual(250, self.code(SENDER))
+
+    def test_without_a_password_file_it_does_not_start(self):
+        with self.assertRaisesRegex(
+                smtpproxy.StartError, r'\[%s\] localpasswordfile = .*secret '
+                'cannot be read: No such file' % SENDER):
+            self.start(accounts={SENDER: self.account(
+                localpasswordfile='secret')})
+
+        self.assertFalse(os.path.exists(self.path('msgs')))
+
     def test_what_needs_a_restart_is_named_and_service_goes_on(self):
         self.start()
         port = self.address[1]
@@ -451,7 +487,7 @@ class Root(ProxyCase):
     def hand_over(self, file='smtpproxy.log'):
         proxy = smtpproxy.Proxy(smtpproxy.load(self.ini(
             {'user': 'nobody'}, {'logging': {'file': file}})))
-        proxy.hand_over_files()
+        proxy._hand_over_files()
 
     def assertOwner(self, uid, *names):
         for name in names:

@@ -16,6 +16,8 @@ CONFIG = {'port': 25, 'host': '', 'sleeptime': 30, 'debuglevel': 0,
 LOGGING = {'size': 1000000, 'count': 10, 'level': 'INFO'}
 ACCOUNT = {'localhostname': '', 'smtphost': 'mx', 'smtpport': 25,
            'smtpsecurity': 'none', 'smtpusername': '', 'smtppassword': '',
+           'smtppasswordfile': '', 'poppasswordfile': '',
+           'localpasswordfile': '',
            'smtpauth': 'auto', 'smtpweaktls': False, 'tlsverify': True,
            'tlscafile': '', 'popbeforesmtp': False, 'pophost': '',
            'popport': 995, 'popssl': True, 'popusername': '',
@@ -641,6 +643,67 @@ class Warnings(SettingsCase):
 
     def test_an_ini_without_an_account(self):
         self.assertIn('no account', self.warnings('[config]\n'))
+
+
+class PasswordFiles(SettingsCase):
+
+    KEYS = 'smtppassword', 'poppassword', 'localpassword'
+
+    def test_the_first_line_of_the_file_is_the_password(self):
+        for content in (b'se cret#\n', b'se cret#\r\nmore\n', b'se cret#',
+                        b'\xef\xbb\xbfse cret#\n'):
+            for key in self.KEYS:
+                with self.subTest(key, content=content):
+                    self.write('secret', content)
+                    account = self.account(
+                        'smtphost=mx\n%sfile=secret\n' % key)
+                    self.assertEqual('se cret#', getattr(account, key))
+                    self.assertEqual(self.path('secret'),
+                                     getattr(account, key + 'file'))
+
+    def test_an_account_is_complete_with_files(self):
+        self.write('secret', 'x')
+        settings = self.load(
+            '[a@b]\nsmtphost=mx\nsmtpusername=me\nsmtppasswordfile=secret\n'
+            'popbeforesmtp=true\npophost=pop\npopusername=me\n'
+            'poppasswordfile=secret\n')
+
+        self.assertEqual(([], []), (settings.missing, [
+            line for line in settings.warnings if 'login' in line]))
+
+    def test_a_password_and_its_file_exclude_each_other(self):
+        self.write('secret', 'x')
+        for key in self.KEYS:
+            with self.subTest(key):
+                self.assertMistake(
+                    '[a@b]\nsmtphost=mx\n%s=y\n%sfile=secret\n' % (key, key),
+                    '[a@b] %s and %sfile' % (key, key))
+
+    UNREADABLE = (('no such file', None), ('nothing', b''), ('blank', b' \nx'),
+                  ('control characters', b'x\0y'), ('no UTF-8', b'\xff'))
+
+    def test_a_file_that_cannot_be_read_is_named_but_not_shown(self):
+        for what, content in self.UNREADABLE:
+            with self.subTest(what):
+                if content is not None:
+                    self.write('secret', content)
+                settings = self.load(
+                    '[a@b]\nsmtphost=mx\nsmtppasswordfile=secret\n')
+                line, = settings.missing
+                self.assertIn('[a@b] smtppasswordfile = %s cannot be read: '
+                              % self.path('secret'), line)
+                self.assertEqual('', settings.accounts['a@b'].smtppassword)
+
+    def test_a_file_that_anybody_can_read_is_a_warning(self):
+        path = self.write('secret', 'x')
+        text = '[a@b]\nsmtphost=mx\nlocalpasswordfile=secret\n'
+        for mode in 0o600, 0o640, 0o440:
+            os.chmod(path, mode)
+            self.assertNotIn('password in it', str(self.load(text).warnings))
+
+        os.chmod(path, 0o644)
+
+        self.assertIn('chmod o-rwx %s' % path, str(self.load(text).warnings))
 
 
 @unittest.skipUnless(os.getuid() == 0, 'needs root')
