@@ -4659,7 +4659,11 @@ class SignIn:
         AccountUnavailable, OSError."""
         if token is not None:
             return self._by_token(delivery, token)
-        if self.account.smtpusername and self.account.smtppassword:
+        account = self.account
+        if account.smtppasswordfile and not account.smtppassword:
+            raise AccountUnavailable('there is no password: %s cannot be read'
+                                     % account.smtppasswordfile)
+        if account.smtpusername and account.smtppassword:
             return self._by_password(delivery)
         return ''
 
@@ -4684,9 +4688,6 @@ class SignIn:
     def _by_password(self, delivery):
         """One mechanism after the other until one is taken."""
         account, answers = self.account, []
-        if account.smtppasswordfile and not account.smtppassword:
-            raise AccountUnavailable('there is no password: %s cannot be read'
-                                     % account.smtppasswordfile)
         for name in self._mechanisms(delivery, MECHANISMS):
             code, text = MECHANISMS[name](
                 delivery.ask, account.smtpusername, account.smtppassword)

@@ -419,8 +419,8 @@ class Promise(ProxyCase):
                 count = len(self.upstream.mails)
                 self.assertEqual(250, client.data(b'\r\nhello\r\n')[0])
                 self.upstream.wait(count + 1)
-                self.assertIn('MAIL FROM:<%s>%s' % (SENDER, on), (
-                    self.upstream.commands))
+                self.assertRegex('\n'.join(self.upstream.commands), (
+                    r'MAIL FROM:<%s>%s SIZE=\d+\n' % (SENDER, on)))
                 self.upstream.commands.clear()
         self.assertEqual(set(), self.proxy.spool.drafts)
 
