@@ -1736,14 +1736,6 @@ class Handlers:
 
 # --- Advice: what a failure means to the owner ------------------------------
 
-class AccountUnavailable(Exception):
-    """The account's server can't be used now: every mail of the account has
-    to wait. Its text is for the owner. absent: nobody is there at all
-    (refused, unreachable, unknown name)."""
-
-    absent = False
-
-
 def explain(error, host):
     """What an exception means to the owner (str)."""
     ssl = sys.modules.get('ssl')    # not there: then it is no error of TLS
@@ -1759,16 +1751,23 @@ def explain(error, host):
     if isinstance(error, socket.timeout) or isinstance(
             error.__context__, socket.timeout):
         return '%s does not answer in time' % host
-    if hasattr(error, 'smtp_code'):
-        return '%s said %d %s' % (host, error.smtp_code,
-                                  smtps.plain(error.smtp_error))
     if isinstance(error, ImportError) or 'unknown encoding' in str(error):
         return missing_module(error)
-    text = getattr(error, 'strerror', None) or (
-        error.args[0] if error.args else error)
-    text = smtps.plain(text if isinstance(text, bytes) else str(text))
+    text = said(error)
+    if hasattr(error, 'smtp_code'):
+        return '%s said %s' % (host, text)
     return '%s: %s' % (host, 'connection closed' if text == '-ERR EOF'
                        else text)
+
+
+def said(error):
+    """What the server said, if it said something: 'CODE text', '-ERR text';
+    else the words of the system."""
+    if hasattr(error, 'smtp_code'):
+        return '%d %s' % (error.smtp_code, smtps.plain(error.smtp_error))
+    text = getattr(error, 'strerror', None) or (
+        error.args[0] if error.args else error)
+    return smtps.plain(text if isinstance(text, bytes) else str(text))
 
 
 def is_absence(error):
@@ -2422,11 +2421,95 @@ def advise(host, stage, reply):
     return NO_ADVICE
 
 
+BEHIND = '; advice: '
+
+
 def with_advice(problem, advice):
     """A problem's text with the advice behind it, if there is one."""
     if not advice.sentence:
         return problem
-    return '%s; advice: %s' % (problem, advice.sentence)
+    return problem + BEHIND + advice.sentence
+
+
+class AccountUnavailable(Exception):
+    """The account can't be used now: every mail of it has to wait. Its text
+    is for the owner. advice: what is known of it; absent: nobody is there at
+    all (refused, unreachable, unknown name)."""
+
+    absent = False
+
+    def __init__(self, text, advice=NO_ADVICE):
+        super().__init__(with_advice(text, advice))
+        self.advice = advice
+
+    @property
+    def takes_long(self):
+        """Whether a try each few minutes would only make it worse."""
+        return self.advice.kind in ('account', 'person')
+
+    def log_level(self, known):
+        """Of the line that says it: what needs a person is an ERROR once.
+        known: the advice of the failure before."""
+        if self.advice.kind != 'person':
+            return logging.WARNING
+        return logging.DEBUG if self.advice == known else logging.ERROR
+
+
+STEPS = {'hello': 'EHLO', 'tls': 'STARTTLS', 'pop': 'POP login',
+         'mail': 'MAIL'}
+
+
+def unavailable(stage, error, host, port, redact=str, hint=''):
+    """An AccountUnavailable that says what happened where, and what to do.
+    stage: as in Advice; error: an exception; redact: callable(str) -> str;
+    hint: goes before the advice."""
+    text = explain(error, '%s:%d' % (host, port))
+    advice = advise(host, stage, said(error))
+    if advice is NO_ADVICE:             # it may know our own words, though
+        advice = advise(host, stage, text)
+    trouble = AccountUnavailable(redact('%s: %s%s' % (
+        STEPS.get(stage, stage), text, hint)), advice)
+    trouble.absent = stage == 'connect' and is_absence(error)
+    return trouble
+
+
+def weigh(report, host):
+    """Puts each refused recipient of a smtps.Report where KNOWN_REPLIES says
+    that it belongs, and the advice behind its reply. Returns None, or an
+    AccountUnavailable if a reply is about the account."""
+    refused = dict(report.later, **report.never)
+    trouble = None
+    for recipient, reply in refused.items():
+        advice = advise(host, report.stages.get(recipient, ''), reply)
+        if advice.kind:
+            report.later.pop(recipient, None)
+            report.never.pop(recipient, None)
+        verdict = report.never if advice.kind == 'never' or (
+            recipient in report.never) else report.later
+        verdict[recipient] = with_advice(reply, advice)
+        if advice.kind in ('account', 'person'):
+            trouble = AccountUnavailable('%s said %s' % (host, reply), advice)
+    return trouble
+
+
+def problems(verdicts):
+    """One text for the owner of {recipient: reply, its advice behind it}: each
+    piece of advice stands there once, at the end."""
+    texts, advices = [], []
+    for reply, recipients in grouped(verdicts):
+        text, _, advice = reply.partition(BEHIND)
+        texts.append('%s for %s' % (text, listed(recipients)))
+        if advice and advice not in advices:
+            advices.append(advice)
+    return '; '.join(texts) + (advices and BEHIND + '; '.join(advices) or '')
+
+
+def grouped(verdicts):
+    """[(reply, [recipients])] of {recipient: reply}."""
+    groups = {}
+    for recipient, reply in verdicts.items():
+        groups.setdefault(reply, []).append(recipient)
+    return list(groups.items())
 
 
 class Provider(NamedTuple):
@@ -2642,10 +2725,9 @@ class SignIn:
             try:
                 self._pop_login(config.debuglevel)
             except Exception as error:
-                raise AccountUnavailable(self.redact(
-                    'POP login: %s' % explain(error, '%s:%d' % (
-                        self.account.pophost, self.account.popport)))
-                ) from error
+                raise unavailable(
+                    'pop', error, self.account.pophost, self.account.popport,
+                    self.redact) from error
             log.info('%s: POP login as %s; waiting %d s before SMTP',
                      self.account.pophost, self.account.popusername,
                      config.waitafterpop)
@@ -2687,10 +2769,12 @@ class SignIn:
                 delivery.hello()
             except OSError:
                 break                   # it has hung up
-        raise AccountUnavailable(
-            'login at %s as %s refused (%s): check smtpusername and '
-            'smtppassword' % (account.server, account.smtpusername,
-                              '; '.join(answers)))
+        advice = advise(account.smtphost, 'login', '%d %s' % (
+            code, smtps.plain(text)))
+        raise AccountUnavailable('login at %s as %s refused (%s)%s' % (
+            account.server, account.smtpusername, '; '.join(answers),
+            '' if advice.sentence else
+            ': check smtpusername and smtppassword'), advice)
 
     def _mechanisms(self, delivery):
         """Names, best first. Raises AccountUnavailable."""
@@ -2814,8 +2898,7 @@ class Courier:
                     envelope, header, body, self._ahead(following))
             except smtps.ServiceUnavailable as error:
                 if is_new:
-                    raise AccountUnavailable(
-                        explain(error, self.account.server)) from error
+                    raise self._unavailable('mail', error) from error
             except OSError:
                 if is_new:
                     raise
@@ -2836,8 +2919,8 @@ class Courier:
             return
         self.close()
         self.sign_in.by_pop(self.config)
-        for stage, step in (('connect', self._open), ('EHLO', self._hello),
-                            ('STARTTLS', self._start_tls),
+        for stage, step in (('connect', self._open), ('hello', self._hello),
+                            ('tls', self._start_tls),
                             ('login', self._log_in)):
             try:
                 step()
@@ -2873,11 +2956,9 @@ class Courier:
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""
-        trouble = AccountUnavailable('%s: %s%s' % (
-            stage, explain(error, self.account.server),
-            port_advice(self.account)))
-        trouble.absent = stage == 'connect' and is_absence(error)
-        return trouble
+        return unavailable(stage, error, self.account.smtphost,
+                           self.account.smtpport,
+                           hint=port_advice(self.account))
 
     def close(self, politely=False):
         """Ends the connection; may be called at any time."""
@@ -3053,6 +3134,7 @@ class Destination(MailQueue):
         self.sign_in = SignIn(account, clock)
         self.not_before, self.why = 0.0, ''
         self.absent = False         # nobody was there: see AccountUnavailable
+        self.advice = NO_ADVICE     # of what it is deferred for
         self.failures = 0           # of the account, one after the other
         self._threads = 0
         self._most_threads = account.smtpconnections
@@ -3111,7 +3193,10 @@ class Destination(MailQueue):
         if self._gets_through and not self.failures and not self.why:
             return                      # the usual case needs no lock
         with self.changed:
+            if self.not_before:
+                return                  # it was under way when that began
             self.failures, self.why, self.absent = 0, '', False
+            self.advice = NO_ADVICE
             self._gets_through = True
             self.start_threads()
 
@@ -3127,11 +3212,15 @@ class Destination(MailQueue):
             self._threads = self._most_threads = others
             return others
 
-    def defer(self, seconds, why, absent, failures):
-        """The account can't be used: nothing is tried for so long."""
+    def defer(self, seconds, error, failures):
+        """The account can't be used: nothing is tried for so long. error: an
+        AccountUnavailable. Returns the level of the log line about it."""
         with self.changed:
+            level = error.log_level(self.advice)
             self.not_before = self.clock() + seconds
-            self.why, self.absent, self.failures = why, absent, failures
+            self.why, self.absent = str(error), error.absent
+            self.advice, self.failures = error.advice, failures
+            return level
 
     # With the lock held.
 
@@ -3170,23 +3259,19 @@ def back_off(tries, config):
     """Seconds until the next try: sleeptime, doubled up to an hour, and a
     little more, so that not all come back at the same moment."""
     first = max(1, config.sleeptime)
-    longest = max(first, LONGEST_WAIT)
     return min(first * 2 ** min(tries - 1, 20) * (
-        1 + os.urandom(1)[0] / 2560), longest)
+        1 + os.urandom(1)[0] / 2560), longest_wait(config))
+
+
+def longest_wait(config):
+    """Seconds: an hour, or a sleeptime that is longer."""
+    return max(config.sleeptime, LONGEST_WAIT)
 
 
 def describe(mail, recipients):
     """A mail in trouble, for its log line."""
     return 'from <%s> to %s, subject %s' % (
         mail.frm, listed(list(recipients)), mail.field('subject') or '-')
-
-
-def grouped(verdicts):
-    """[(reply, [recipients])] of {recipient: reply}."""
-    groups = {}
-    for recipient, reply in verdicts.items():
-        groups.setdefault(reply, []).append(recipient)
-    return list(groups.items())
 
 
 class Queues:
@@ -3307,23 +3392,25 @@ class FailurePolicy:
     def __init__(self, spool, clock):
         self._spool, self._clock = spool, clock
 
-    def settle(self, mail, report, server, settings):
+    def settle(self, mail, report, server, settings, wait=0,
+               level=logging.WARNING):
         """Acts on the verdict of one attempt. Returns when the mail may be
-        tried again, None if it is delivered, deleted or parked."""
+        tried again, None if it is delivered, deleted or parked. wait: least
+        seconds until then; level: of the log line that says so."""
         for reply, recipients in grouped(report.sent):
             log.info('%s: sent to %s by %s: %s', mail.id, listed(recipients),
                      server, reply)
         mail.to = [Address(a) for a in report.later]
         mail.refused.update(report.never)
         if report.later or mail.refused:
-            return self._settle_failure(mail, report, server, settings)
+            return self._settle_failure(mail, report, server, settings, wait,
+                                        level)
         self._spool.remove(mail)
         return None
 
-    def _settle_failure(self, mail, report, server, settings):
+    def _settle_failure(self, mail, report, server, settings, wait, level):
         failed = dict(mail.refused, **report.later)
-        why = '; '.join('%s for %s' % (reply, listed(recipients))
-                        for reply, recipients in grouped(failed))
+        why = problems(failed)
         if server not in why:
             why = '%s said %s' % (server, why)
         mail.tries += 1
@@ -3336,29 +3423,28 @@ class FailurePolicy:
         if not mail.to or self.is_expired(mail.id, settings):
             self.park(mail, why, settings)
             return None
-        wait = back_off(mail.tries, settings.config)
+        wait = max(wait, back_off(mail.tries, settings.config))
         mail.due = time.time() + wait
         self._spool.save(mail)
-        log.warning('%s: not delivered: %s; try %d, the next one in %d '
-                    'seconds', mail.id, why, mail.tries, wait)
+        log.log(level, '%s: not delivered: %s; try %d, the next one in %d '
+                'seconds', mail.id, why, mail.tries, wait)
         return self._clock() + wait
 
     def is_expired(self, id, settings):
         """Has it waited for retrydays?"""
         return self._spool.age(id) >= settings.config.retrydays * DAY
 
-    def note_deferral(self, mail, destination, wait):
+    def note_deferral(self, mail, destination, wait, level):
         """Why its account waits, in the mail that was tried and in the log.
         Where nobody was there no time is kept: each sleeptime."""
         mail.tries = destination.failures or mail.tries + 1
         mail.problem, mail.handled = destination.why, True
         mail.due = 0.0 if destination.absent else time.time() + wait
         self._spool.save(mail)
-        log.warning('%s: not delivered: %s; try %d, the next one %s %d '
-                    'seconds, %d more mails wait for it', mail.id,
-                    mail.problem, mail.tries,
-                    'each' if destination.absent else 'in', wait,
-                    len(destination.due))
+        log.log(level, '%s: not delivered: %s; try %d, the next one %s %d '
+                'seconds, %d more mails wait for it', mail.id, mail.problem,
+                mail.tries, 'each' if destination.absent else 'in', wait,
+                len(destination.due))
 
     def park(self, mail, why, settings):
         """Keeps a mail until the owner asks for another try."""
@@ -3425,6 +3511,11 @@ class DeliveryAgent:
                 report = self._deliver(courier, mail, account)
             except AccountUnavailable as error:
                 return self._settle_unavailable(mail, error, settings)
+            trouble = weigh(report, self._destination.account.smtphost)
+            if trouble and not settings.config.deleteonerror:
+                courier.close()     # the next envelope may be under way
+                self._settle_limit(mail, report, trouble, settings)
+                return True
             self._note_success()
             self._settle(mail, report, settings)
             at_hand = courier.upcoming or self._next_mail(LINGER)
@@ -3458,8 +3549,9 @@ class DeliveryAgent:
                      self._server, len(self._destination.due))
         self._destination.succeed()
 
-    def _settle(self, mail, report, settings):
-        when = self._relay.policy.settle(mail, report, self._server, settings)
+    def _settle(self, mail, report, settings, wait=0, level=logging.WARNING):
+        when = self._relay.policy.settle(mail, report, self._server, settings,
+                                         wait, level)
         self._relay.queues.let_go(mail.id, self._destination, when)
 
     def _settle_unavailable(self, mail, error, settings):
@@ -3480,6 +3572,16 @@ class DeliveryAgent:
             self._defer_account(mail, error, settings)
         return True
 
+    def _settle_limit(self, mail, report, error, settings):
+        """A reply was about the account, not about this mail, which may have
+        gone to some of its recipients. The envelope of another one may be
+        under way: that one waits, too."""
+        destination, wait = self._destination, longest_wait(settings.config)
+        level = destination.defer(wait, error, destination.failures + 1)
+        self._settle(mail, report, settings, wait, level)
+        self._relay.queues.let_all_go(destination, 0.0)
+        self._park_expired(settings)
+
     def _defer_account(self, mail, error, settings):
         """No mail of the account can go: one of them is tried now and then,
         all others wait for that without a try of their own. Where nobody was
@@ -3491,14 +3593,16 @@ class DeliveryAgent:
         if not error.absent:
             failures = max(failures, mail.tries) + 1
             wait = back_off(failures, settings.config)
-        destination.defer(wait, why, error.absent, failures)
+        if error.takes_long:
+            wait = longest_wait(settings.config)
+        level = destination.defer(wait, error, failures)
         self._park_expired(settings)
         when = 0.0
         if self._relay.policy.is_expired(mail.id, settings):
             self._relay.policy.park(mail, why, settings)
             when = None
         elif is_news:
-            self._relay.policy.note_deferral(mail, destination, wait)
+            self._relay.policy.note_deferral(mail, destination, wait, level)
         self._relay.queues.let_go(mail.id, destination, when)
 
     def _park_expired(self, settings):

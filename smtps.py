@@ -1247,24 +1247,27 @@ class Report:
     """What became of each recipient at one attempt.
 
     sent, later, never: {recipient: reply (str)}: accepted; refused for now;
-    refused for good. open: list of those without a verdict yet. error: None,
-    or the OSError that ended the connection before all had theirs."""
+    refused for good. stages: {recipient: the command that the reply answered,
+    'mail', 'rcpt', 'data' or 'dot'}. open: list of those without a verdict
+    yet. error: None, or the OSError that ended the connection before all had
+    theirs."""
 
     def __init__(self, recipients):
         self.open, self.error = list(recipients), None
-        self.sent, self.later, self.never = {}, {}, {}
+        self.sent, self.later, self.never, self.stages = {}, {}, {}, {}
 
-    def settle(self, recipient, code, text):
+    def settle(self, recipient, code, text, stage=''):
         """Files a recipient under what the code means."""
         verdict = self.sent if 200 <= code < 300 else (
             self.never if 500 <= code < 600 else self.later)
         verdict[recipient] = '%d %s' % (code, text)
+        self.stages[recipient] = stage
         self.open.remove(recipient)
 
-    def settle_all(self, code, text):
+    def settle_all(self, code, text, stage=''):
         """The same for all that are open."""
         for recipient in self.open[:]:
-            self.settle(recipient, code, text)
+            self.settle(recipient, code, text, stage)
 
     def give_up(self, text):
         """What is still open has to be tried again."""
@@ -1523,15 +1526,15 @@ class Delivery:
         """Files those who were refused; True if the server waits for the
         content. Raises OSError if the replies make no sense."""
         if mail[0] >= 300:
-            report.settle_all(*mail)
+            report.settle_all(*mail, 'mail')
         for recipient, reply in zip(report.open[:], recipients):
             if reply[0] >= 300:
-                report.settle(recipient, *reply)
+                report.settle(recipient, *reply, 'rcpt')
         if data[0] == 354:
             return True
         if data[0] < 400:
             raise OSError('DATA was answered %d %s' % data)
-        report.settle_all(*data)
+        report.settle_all(*data, 'data')
         return False
 
     def _finish(self, report, header, body, following):
@@ -1549,7 +1552,7 @@ class Delivery:
         reply = self._any_reply(DOT_TIME)
         if 300 <= reply[0] < 400:
             raise OSError('the final dot was answered %d %s' % reply)
-        report.settle_all(*reply)
+        report.settle_all(*reply, 'dot')
         if reply[0] == 421:
             self.close()
 
@@ -1582,7 +1585,7 @@ class Delivery:
             raise error
         if code < 400:
             raise error
-        report.settle_all(code, text)
+        report.settle_all(code, text, 'dot')
         self.close()
 
     # Bytes out and in.
