@@ -209,6 +209,7 @@ class Account(NamedTuple):
     smtpauth: Choice('auto', 'plain', 'login', 'cram-md5') = 'auto'
     smtpweaktls: boolean = False
     smtpconnections: Number(1, 100) = 4
+    smtprate: Number(0, 100000) = 0
     tlsverify: boolean = True
     tlscafile: pem_file = ''
     popbeforesmtp: boolean = False
@@ -227,6 +228,12 @@ class Account(NamedTuple):
     @property
     def server(self):
         return '%s:%d' % (self.smtphost, self.smtpport)
+
+    @property
+    def way(self):
+        """The server and who we are there, for people."""
+        return self.server + (self.smtpusername and
+                              ' as ' + self.smtpusername)
 
     @property
     def connection(self):
@@ -824,18 +831,22 @@ class Mail:
     For handlers: to (list of Address), frm (Address), msg (bytes, read when
     asked for; assign to change it). id: str; handled: bool; tries: int; due:
     seconds since 1970, for people; problem: str, why it is still here; parked:
-    bool; flaw: str, why its envelope must not be sent, or ''. start, body,
-    dot: offsets of the header, of the empty line behind it, and of what
-    follows the final dot's line."""
+    bool; holds: bool, its problem is its account's, other mails wait for it;
+    since: when that began, in the spool's time, or 0; flaw: str, why its
+    envelope must not be sent, or ''. start, body, dot: offsets of the header,
+    of the empty line behind it, and of what follows the final dot's line."""
 
-    # What is kept while it is in trouble, and its types.
-    STATE = {'to': list, 'refused': dict, 'tries': int, 'due': float,
-             'problem': str, 'handled': bool, 'parked': bool}
+    # What is kept while it is in trouble, and its types. What is new has a
+    # line of its own: an earlier version passes over that line only.
+    STATES = ({'to': list, 'refused': dict, 'tries': int, 'due': float,
+               'problem': str, 'handled': bool, 'parked': bool},
+              {'holds': bool, 'since': float})
 
     def __init__(self, id, path, data=None):
         self.id, self.path, self.data = id, path, data
         self.tries, self.due, self.problem = 0, 0.0, ''
-        self.handled = self.parked = False
+        self.handled = self.parked = self.holds = False
+        self.since = 0.0
         self.refused = {}           # {recipient: reply}, refused for good
         self.flaw = ''
         self._msg, self.seen = None, 0
@@ -892,14 +903,28 @@ class Mail:
         import json
         state = json.loads(line.decode())
         self.seen = state.pop('seen', 0)
-        if all(type(value) is self.STATE.get(name)
-               for name, value in state.items()):
+        if any(all(type(value) is kinds.get(name)
+                   for name, value in state.items())
+               for kinds in self.STATES):
             vars(self).update(state)
             self.to = [Address(to) for to in self.to]
 
     def state(self):
         return {name: kind(getattr(self, name))
-                for name, kind in self.STATE.items()}
+                for kinds in self.STATES for name, kind in kinds.items()}
+
+    def state_lines(self, now):
+        """What has changed since it was stored (bytes)."""
+        import json
+        state, lines = self.state(), b''
+        for kinds in self.STATES:
+            new = {name: state[name] for name in kinds
+                   if state[name] != self.saved.get(name)}
+            if new or not lines:
+                line = json.dumps(dict(new, seen=now)).encode()
+                lines += b'NOOP state=%s crc32=%08x\r\n' % (
+                    line, zlib.crc32(line))
+        return lines
 
     def parse_envelope(self):
         envelope, data, _ = self.data.partition(b'\r\nDATA\r\n')
@@ -1206,14 +1231,9 @@ class Spool:
     def save(self, mail):
         """Keeps what is known of a mail in trouble: recipients left, tries.
         When the disk refuses it is remembered as long as we run."""
-        import json
         state = mail.state()
-        new = {name: value for name, value in state.items()
-               if value != mail.saved.get(name)}
-        line = json.dumps(dict(new, seen=int(self.now()))).encode()
         try:
-            self.append(mail.path, b'NOOP state=%s crc32=%08x\r\n' % (
-                line, zlib.crc32(line)))
+            self.append(mail.path, mail.state_lines(int(self.now())))
             mail.saved = state
             self.unsaved.pop(mail.id, None)
         except OSError as error:
@@ -1223,7 +1243,7 @@ class Spool:
 
     @staticmethod
     def append(path, line):
-        """Adds a line that lasts. Raises OSError; the part of a line that a
+        """Adds lines that last. Raises OSError; the part of a line that a
         crash or a full disk has left does no harm."""
         file = os.open(path, os.O_RDWR | os.O_APPEND)
         try:
@@ -3124,17 +3144,24 @@ class Destination(MailQueue):
     than one connection is made only while a backlog lasts, and only after the
     first one has got through. When the account can't be used (`why` says it)
     nothing is tried before `not_before`.
+
+    With smtprate the mails are taken evenly, none before `_next_slot`. What
+    waits for that waits in `due`, and the connection is kept for it.
     """
 
-    def __init__(self, account, clock, deliver):
+    def __init__(self, account, clock, deliver, began=0.0):
         """account: Account.connection; deliver: callable(Destination), the
-        life of a delivery thread."""
+        life of a delivery thread; began: when the relay was started, which
+        may have sent one just before."""
         super().__init__(clock)
-        self.account, self.deliver = account, deliver
+        self._pace = 60 / account.smtprate if account.smtprate else 0.0
+        self._next_slot = began + self._pace
+        self.account, self._deliver = account, deliver
         self.sign_in = SignIn(account, clock)
         self.not_before, self.why = 0.0, ''
         self.absent = False         # nobody was there: see AccountUnavailable
-        self.advice = NO_ADVICE     # of what it is deferred for
+        self._advice = NO_ADVICE    # of what it is deferred for
+        self.since = 0.0            # when that began, in the spool's time
         self.failures = 0           # of the account, one after the other
         self._threads = 0
         self._most_threads = account.smtpconnections
@@ -3144,10 +3171,13 @@ class Destination(MailQueue):
 
     def outlook(self):
         """Why a mail that comes now has to wait, for its log line, or ''."""
-        if not self.not_before:
-            return ''
-        return '; it waits with %d more for %s: %s' % (
-            len(self.due), self.account.server, self.why)
+        if self.not_before:
+            return '; it waits with %d more for %s: %s' % (
+                len(self.due), self.account.server, self.why)
+        if self._pace and self.due:
+            return '; with smtprate=%d its turn comes in about %d seconds' % (
+                self.account.smtprate, len(self.due) * self._pace)
+        return ''
 
     def retry(self, id=None):
         """A mail, or all that wait here, may be tried now, and the account
@@ -3165,7 +3195,7 @@ class Destination(MailQueue):
         with self.changed:
             while self._wants_thread():
                 thread = threading.Thread(
-                    target=self.deliver, args=(self,), daemon=True,
+                    target=self._deliver, args=(self,), daemon=True,
                     name='relay-' + self.account.server)
                 try:
                     thread.start()
@@ -3176,6 +3206,19 @@ class Destination(MailQueue):
                 self._threads += 1
 
     # For its threads.
+
+    def take(self, patience=0.0):
+        """As MailQueue.take, in the pace of the account: while mail waits for
+        its turn the thread waits longer, so that it keeps its connection."""
+        with self.changed:
+            if patience:
+                patience += self._pace
+            id = super().take(patience)
+            while id is None and patience and self._has_next():
+                id = super().take(patience)
+            if id:
+                self._next_slot = self.clock() + self._pace
+            return id
 
     def wait(self):
         """Sleeps until a mail may be tried. False: there is nothing more to
@@ -3196,7 +3239,7 @@ class Destination(MailQueue):
             if self.not_before:
                 return                  # it was under way when that began
             self.failures, self.why, self.absent = 0, '', False
-            self.advice = NO_ADVICE
+            self._advice, self.since = NO_ADVICE, 0.0
             self._gets_through = True
             self.start_threads()
 
@@ -3212,14 +3255,16 @@ class Destination(MailQueue):
             self._threads = self._most_threads = others
             return others
 
-    def defer(self, seconds, error, failures):
+    def defer(self, seconds, error, failures, since):
         """The account can't be used: nothing is tried for so long. error: an
-        AccountUnavailable. Returns the level of the log line about it."""
+        AccountUnavailable; since: when the mail that was tried met its first
+        trouble. Returns the level of the log line about it."""
         with self.changed:
-            level = error.log_level(self.advice)
+            level = error.log_level(self._advice)
             self.not_before = self.clock() + seconds
             self.why, self.absent = str(error), error.absent
-            self.advice, self.failures = error.advice, failures
+            self._advice, self.failures = error.advice, failures
+            self.since = self.since or since
             return level
 
     # With the lock held.
@@ -3234,17 +3279,22 @@ class Destination(MailQueue):
             if self.not_before > self.clock():
                 return False
             self.not_before = 0.0
-        return super()._is_ready()
+        return self._next_slot <= self.clock() and super()._is_ready()
+
+    def _has_next(self):
+        """Whether mail could go now, or as soon as its turn comes."""
+        return (not self.closed and not self.not_before
+                and super()._is_ready())
 
     def _until_next(self):
-        if self.not_before:
-            return max(0.0, self.not_before - self.clock())
-        return super()._until_next()
+        blocked = max(self.not_before, self._next_slot) - self.clock()
+        return blocked if blocked > 0 else super()._until_next()
 
     def _wants_thread(self):
         if not self._threads:
             return bool(self.due) and not self.closed
         return (self._gets_through and not self.not_before
+                and self._next_slot <= self.clock()
                 and not self.closed and self._threads < self._most_threads
                 and len(self._ready) > self._threads * BACKLOG)
 
@@ -3284,7 +3334,7 @@ class Queues:
 
     def __init__(self, clock, deliver):
         """deliver: callable(Destination), the life of a delivery thread."""
-        self._clock, self._deliver = clock, deliver
+        self._clock, self._deliver, self._began = clock, deliver, clock()
         self.unrouted = MailQueue(clock)
         self.destinations = {}
         self._dissolved = []    # Destinations that are not in the ini any
@@ -3308,7 +3358,7 @@ class Queues:
         found = self.destinations.get(account.connection)
         return found or self.destinations.setdefault(
             account.connection, Destination(
-                account.connection, self._clock, self._deliver))
+                account.connection, self._clock, self._deliver, self._began))
 
     # Moves of what this thread has in hand.
 
@@ -3415,12 +3465,14 @@ class FailurePolicy:
             why = '%s said %s' % (server, why)
         mail.tries += 1
         mail.problem, mail.handled, mail.parked = why, True, False
+        mail.holds = bool(wait)
+        self.note_trouble(mail)
         if settings.config.deleteonerror:
             log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
                       '%s', mail.id, why, describe(mail, failed))
             self._spool.remove(mail)
             return None
-        if not mail.to or self.is_expired(mail.id, settings):
+        if not mail.to or self._is_expired(mail, settings):
             self.park(mail, why, settings)
             return None
         wait = max(wait, back_off(mail.tries, settings.config))
@@ -3430,15 +3482,28 @@ class FailurePolicy:
                 'seconds', mail.id, why, mail.tries, wait)
         return self._clock() + wait
 
-    def is_expired(self, id, settings):
-        """Has it waited for retrydays?"""
-        return self._spool.age(id) >= settings.config.retrydays * DAY
+    def is_expired(self, id, settings, since=0.0):
+        """Has it waited for retrydays? since: of an account with smtprate,
+        when its trouble began: before, a mail may have waited for its turn."""
+        age = min(self._spool.age(id), self._spool.now() - since)
+        return age >= settings.config.retrydays * DAY
+
+    def _is_expired(self, mail, settings):
+        account = settings.account_for(mail.frm)
+        return self.is_expired(mail.id, settings, mail.since if account
+                               and account.smtprate else 0.0)
+
+    def note_trouble(self, mail):
+        """When the trouble of a mail began, in the spool's time."""
+        mail.since = mail.since or self._spool.now()
+        return mail.since
 
     def note_deferral(self, mail, destination, wait, level):
         """Why its account waits, in the mail that was tried and in the log.
         Where nobody was there no time is kept: each sleeptime."""
         mail.tries = destination.failures or mail.tries + 1
         mail.problem, mail.handled = destination.why, True
+        mail.holds = True
         mail.due = 0.0 if destination.absent else time.time() + wait
         self._spool.save(mail)
         log.log(level, '%s: not delivered: %s; try %d, the next one %s %d '
@@ -3577,7 +3642,8 @@ class DeliveryAgent:
         gone to some of its recipients. The envelope of another one may be
         under way: that one waits, too."""
         destination, wait = self._destination, longest_wait(settings.config)
-        level = destination.defer(wait, error, destination.failures + 1)
+        level = destination.defer(wait, error, destination.failures + 1,
+                                  self._relay.policy.note_trouble(mail))
         self._settle(mail, report, settings, wait, level)
         self._relay.queues.let_all_go(destination, 0.0)
         self._park_expired(settings)
@@ -3595,25 +3661,34 @@ class DeliveryAgent:
             wait = back_off(failures, settings.config)
         if error.takes_long:
             wait = longest_wait(settings.config)
-        level = destination.defer(wait, error, failures)
+        policy = self._relay.policy
+        level = destination.defer(wait, error, failures,
+                                  policy.note_trouble(mail))
         self._park_expired(settings)
         when = 0.0
-        if self._relay.policy.is_expired(mail.id, settings):
-            self._relay.policy.park(mail, why, settings)
+        if self._is_expired(mail.id, settings):
+            policy.park(mail, why, settings)
             when = None
         elif is_news:
-            self._relay.policy.note_deferral(mail, destination, wait, level)
+            policy.note_deferral(mail, destination, wait, level)
         self._relay.queues.let_go(mail.id, destination, when)
 
     def _park_expired(self, settings):
         """What has waited too long for its account."""
         policy, destination = self._relay.policy, self._destination
         for id in destination.withdraw(
-                lambda id: policy.is_expired(id, settings)):
+                lambda id: self._is_expired(id, settings)):
             mail = self._relay.load(id, destination)
             if mail:
                 policy.park(mail, destination.why, settings)
                 destination.done(id)
+
+    def _is_expired(self, id, settings):
+        """Has it waited too long for its account?"""
+        destination = self._destination
+        return self._relay.policy.is_expired(
+            id, settings,
+            destination.since if destination.account.smtprate else 0.0)
 
 
 class Relay:
@@ -4175,7 +4250,7 @@ def mails(spool):
 
 
 def show_queue(settings, options):
-    """--queue: what waits in msgs/."""
+    """--queue: what waits in msgs/, and what each account waits for."""
     rows = queue_rows(command_spool(settings))
     if options.json:
         import json
@@ -4191,7 +4266,32 @@ def show_queue(settings, options):
                          row['recipients']), row['error'] and (
                              ': ' + row['error']))))
     tell('%d mails' % len(rows))
+    for text in held_up(rows, settings):
+        tell(text)
     return 0
+
+
+def held_up(rows, settings):
+    """What holds each account up: [a line for the owner]."""
+    waiting = {}
+    for row in rows:
+        account = settings.account_for(row['sender'])
+        if account and not row['parked']:
+            waiting.setdefault(account.connection, []).append(row)
+    lines = []
+    for account, its in waiting.items():
+        way = '%s: %d mails wait' % (account.way, len(its))
+        held = max((row for row in its if row['holds']), default=None,
+                   key=lambda row: row['next'] or '')
+        untried = sum(not row['tries'] for row in its)
+        if held:
+            lines.append('%s for the account, next try %s: %s' % (
+                way, next_try(held, settings), held['error']))
+        elif account.smtprate and untried:
+            lines.append('%s, %d for their turn: smtprate=%d, so about %d '
+                         'minutes' % (way, untried, account.smtprate,
+                                      -(-untried // account.smtprate)))
+    return lines
 
 
 def next_try(row, settings):
@@ -4221,7 +4321,8 @@ def queue_row(mail):
     return {'id': mail.id, 'size': mail.dot - 3 - mail.start, 'age': None,
             'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
             'tries': mail.tries, 'parked': mail.parked,
-            'next': due or None, 'error': mail.problem}
+            'next': due or None, 'error': mail.problem,
+            'holds': mail.holds and not mail.parked}
 
 
 def arrival(id):

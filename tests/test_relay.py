@@ -104,8 +104,9 @@ class RelayCase(ProxyCase):
     def may_take(self, queue):
         with queue.changed:
             now = self.clock()
-            return getattr(queue, 'not_before', 0) <= now and any(
-                when <= now for when in queue.due.values())
+            return max(getattr(queue, 'not_before', 0), getattr(
+                queue, '_next_slot', 0)) <= now and any(
+                    when <= now for when in queue.due.values())
 
     def in_hand(self):
         return [id for queue in self.relay.queues
