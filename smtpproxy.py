@@ -11,8 +11,8 @@ the account that belongs to the sender, with all that the account needs.
 
 The sections are in the order of a mail's journey, each uses only those
 above it: Settings, Log, Spool, Front door, Handlers, Advice, Sign-in,
-Courier, Relay, Proxy, Commands, Main. The keys of the ini are explained in
-smtpproxy.ini.example.
+Courier, Alerts, Relay, Proxy, Commands, Main. The keys of the ini are
+explained in smtpproxy.ini.example.
 """
 import binascii
 import collections
@@ -150,6 +150,22 @@ def mail_address(text, warn):
     return one_line(text, warn)
 
 
+def bare_addresses(text, warn):
+    """'a@b c@d', separated by commas or blanks."""
+    found = re.split(r'[,\s]+', text.strip(' ,')) if text else []
+    for address in found:
+        if not re.match(r'[!-~]+@[!-~]+$', address) or re.search(
+                r'[<>"]', address):
+            raise ValueError('must be addresses such as me@example.org')
+    return ' '.join(found)
+
+
+def one_address(text, warn):
+    if ' ' in bare_addresses(text, warn):
+        raise ValueError('must be one address')
+    return text
+
+
 def file_path(text, warn):
     return one_line(text, warn)
 
@@ -182,6 +198,8 @@ class Config(NamedTuple):
     maxconnections: Number(1, 10000) = 100
     timeout: Number(1, DAY) = 300
     retrydays: Number(0, 365) = 5
+    alert: bare_addresses = ''
+    alertfrom: one_address = ''
     tlscert: pem_file = ''
     tlskey: pem_file = ''
     tlsport: port_number = 0
@@ -360,6 +378,7 @@ class IniReader:
             seen.add(name)
         self.resolve(accounts)
         config, logs = self.complete(config, logs)
+        self.check_alerts(config, accounts)
         if self.mistakes:
             raise ConfigError(self.mistakes)
         return Settings(self.path, config, logs, accounts, handlers,
@@ -476,6 +495,17 @@ class IniReader:
             self.complain('config', 'user or group', '%s is not known on '
                           'this box' % error)
         return config, logs
+
+    def check_alerts(self, config, accounts):
+        """Who sends the alerts has to have a way out."""
+        if config.alert and not config.alertfrom:
+            self.complain('config', 'alertfrom', 'is missing: alert needs the '
+                          'address of an account as sender')
+        elif config.alertfrom and not Settings(
+                self.path, config, None, accounts, {}, []).account_for(
+                    config.alertfrom):
+            self.complain('config', 'alertfrom', '= %s: there is no account '
+                          'for it' % config.alertfrom)
 
     def divided(self, accounts):
         """Warnings about one login at one server whose sections differ in
@@ -820,6 +850,7 @@ END = b'\r\n.\r\nNOOP crc32='     # no mail can hold this: its dots are doubled
 END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
+ALERT = 'smtpproxy-alert'   # RFC 3461 ENVID of our own mails to the owner
 STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
 FRESH, FRESH_SIZE = 32, 16384   # mails kept in memory as well; bytes of one
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
@@ -984,6 +1015,12 @@ class Mail:
         return ' '.join(value.decode('utf-8', 'replace').split())[:100]
 
     @property
+    def is_alert(self):
+        """Is it ours, to the owner? What clients say is stored without that
+        parameter."""
+        return self.parameters.get('ENVID') == ALERT
+
+    @property
     def msg(self):
         if self._msg is None:
             with open(self.path, 'rb') as file:
@@ -1017,6 +1054,8 @@ class Draft:
         options = ''.join([
             ' %s%s' % (key, '=' + parameters[key] if parameters[key] else '')
             for key in ('BODY', 'SMTPUTF8') if key in (parameters or ())])
+        if ALERT in (parameters or ()):     # never a client's: not upper case
+            first, options = HANDLED, options + ' ENVID=' + ALERT
         lines = ['MAIL FROM:<%s>%s' % (frm, options)]
         lines += ['RCPT TO:<%s>' % address for address in to]
         self.pending = first + ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
@@ -1112,15 +1151,20 @@ class Spool:
       nothing                 remove               a second copy before it
 
     Beside them: corrupt/ for what can't be read, asked/ for requests of the
-    queue commands (ID.retry, ID.delete). Only the process that holds the lock
-    on the folder changes anything but asked/.
+    queue commands (ID.retry, ID.delete), alerts/ for what was told to the
+    owner. Only the process that holds the lock on the folder changes anything
+    but asked/.
 
     Time: ids and ages count seconds that this spool has seen with a service
     running, not the box's clock, which may begin in 1970 and jump. They go on
     where they were: each state says when it was saved."""
 
     ID = re.compile(r'[0-9a-f]{8}-[0-9a-f]{5}')
-    OURS = ('corrupt', 'asked')
+    OURS = ('corrupt', 'asked', 'alerts')
+
+    @staticmethod
+    def alert(line, about=''):
+        """Told of what needs a person; see Alerts.tell."""
 
     def __init__(self, folder, clock=time.monotonic):
         self.folder, self.clock = folder, clock
@@ -1303,8 +1347,10 @@ class Spool:
             os.rename(os.path.join(self.folder, name), target)
             sync_folder(corrupt)
             self.sync()
-            log.error('%s: cannot be read: %s; it is kept as %s',
-                      name.rpartition('.')[0] or name, why, target)
+            line = '%s: cannot be read: %s; it is kept as %s' % (
+                name.rpartition('.')[0] or name, why, target)
+            log.error('%s', line)
+            self.alert(line)
         except OSError as error:
             log.error('%s: cannot be read: %s; nor set aside: %s',
                       name, why, error)
@@ -1391,6 +1437,28 @@ class Spool:
                 continue                # said already
             self.delivered.discard(id)
 
+    # Notes of ours, that have to last.
+
+    def note(self, name):
+        """The text (str) that was kept under that name. Raises OSError."""
+        with open(os.path.join(self.folder, name, 'note')) as file:
+            return file.read()
+
+    def keep_note(self, name, text):
+        """name: one of OURS. Raises OSError, then the old one is there."""
+        folder = os.path.join(self.folder, name)
+        self.make_folder(folder)
+        path = os.path.join(folder, 'note')
+        file = os.open(path + '.new', os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+                       0o600)
+        try:
+            os.write(file, text.encode())
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.rename(path + '.new', path)
+        sync_folder(folder)
+
     # Requests of the queue commands, which may run beside the service.
 
     def ask(self, id, what):
@@ -1426,13 +1494,15 @@ class Intake(smtps.Session):
     """May this client send as this one? Then its mail goes to the spool.
 
     relay: who gets a mail once it is safe, the Relay; any_sender: a handler
-    may still change who it is from, so nobody is refused."""
+    may still change who it is from, so nobody is refused; alert: callable(
+    line, about), see Alerts.tell."""
 
     told = set()        # unknown senders whose ini block is in the log
 
-    def __init__(self, client, spool, settings, relay, any_sender):
+    def __init__(self, client, spool, settings, relay, any_sender, alert):
         super().__init__(client)
         self.spool, self.settings, self.relay = spool, settings, relay
+        self.alert = alert
         self.any_sender, self.signed_in_as = any_sender, None
 
     def auth(self, user, password):
@@ -1448,6 +1518,9 @@ class Intake(smtps.Session):
         if not hmac.compare_digest(
                 *(text.encode('utf-8', 'surrogateescape')
                   for text in (account.localpassword, password))):
+            self.alert('client %s was refused: wrong password for [%s]' % (
+                self.client, section), 'password %s %s' % (
+                    self.client.address, section))
             raise smtps.Refused(535, '5.7.8 wrong password for [%s]'
                                 % smtps.printable(section))
         self.signed_in_as = user, section
@@ -1469,6 +1542,9 @@ class Intake(smtps.Session):
         if sender in self.told or len(self.told) > 1000:
             return
         self.told.add(sender)
+        self.alert('client %s was refused: there is no account for its sender '
+                   '<%s>; to take its mail add a section for it to the ini'
+                   % (self.client, sender), 'sender ' + sender)
         log.warning('%s: no account for sender <%s>; to take its mail add '
                     'this to the ini and reload:', self.client, sender)
         for line in ('[%s]' % (sender or 'default'), 'smtphost=<your '
@@ -1514,6 +1590,7 @@ class Incoming(smtps.Receiver):
     def accepted(self):
         relay = self.intake.relay
         try:
+            relay.alerts.works_again('storing', 'mail can be stored again')
             relay.announce(
                 self.id, self.sender, '%s: accepted from <%s> to %s, %d bytes,'
                 ' client %s (%s)' % (
@@ -1534,9 +1611,11 @@ class Incoming(smtps.Receiver):
         try:
             step()
         except OSError as error:
-            log.error('%s: not taken from <%s>, client %s: it cannot be '
-                      'stored: %s; answered 452, the client may try again',
-                      self.id, self.sender, self.client, error)
+            line = ('%s: not taken from <%s>, client %s: it cannot be stored:'
+                    ' %s; answered 452, the client may try again' % (
+                        self.id, self.sender, self.client, error))
+            log.error('%s', line)
+            self.intake.alert(line, 'storing')
             raise smtps.Refused(452, '4.3.1 no room for it now, try later')
 
     def complete_header(self, all_is_there):
@@ -2987,9 +3066,229 @@ class Courier:
             delivery.close(politely)
 
 
-# --- Relay: when each mail is tried, and what a failure means ----------------
+# --- Alerts: what needs a person reaches one --------------------------------
 
 FOREVER = float('inf')
+HOUR = 3600                 # seconds, the least between two alerts
+ALERT_LINES = 100           # of one, at most
+ALERT_GRACE = 2.0           # seconds of a stop in which the last one may go
+ALERT_PATIENCE = 60         # seconds until one that can't be stored is again
+MOST_SUBJECTS = 1000        # that were told, and are remembered
+TWO_WEEKS = 14 * DAY
+
+
+class Alerts:
+    """Mails to the owner about what needs a person: one at once, then at most
+    one an hour with all that came together. They go through the spool and the
+    account of alertfrom; Mail.is_alert knows them.
+
+    Any thread may tell. The relay's thread makes mails of it, and the one
+    that stops it. The lock guards what was collected and _told, what the owner
+    knows already. msgs/alerts/ keeps _told, the time of the last alert and
+    the ids of those that wait over restarts, so that nothing begins anew.
+
+    ids: of alerts that may still be in the spool."""
+
+    def __init__(self, spool, settings):
+        self.settings, self.wake = settings, lambda: None
+        self._spool, self._lock = spool, threading.Lock()
+        self._lines, self._left_out = [], 0
+        self._told, self._last, self.ids = self._recall()
+        self._next_look = 0.0       # at the certificate
+        self._complaint = ''
+
+    def tell(self, line, about=''):
+        """line: str, for the owner. about: what it is about, told once until
+        works_again() or forget()."""
+        if not self.settings.config.alert:
+            return
+        with self._lock:
+            if about in self._told:
+                return
+            if about and len(self._told) < MOST_SUBJECTS:
+                self._told[about] = True
+            self._collect(line)
+        if self._is_due():
+            self.wake()
+
+    def works_again(self, about, line):
+        """line: for the owner, if that was told."""
+        if about in self._told:
+            self.forget(about)
+            self.tell(line)
+
+    def forget(self, about):
+        """It may be told again."""
+        with self._lock:
+            self._told.pop(about, None)
+
+    def make_round(self, announce):
+        """What is due; see post."""
+        now = self._spool.now()
+        if now >= self._next_look:
+            self._next_look = now + DAY
+            self._look_at_certificate()
+        self.post(announce)
+
+    def post(self, announce, at_a_stop=False):
+        """Makes a mail of what was collected, if it is time. announce:
+        callable(id, sender), told of it. Returns its id, or None."""
+        if not self._lines or not (at_a_stop or self._is_due()):
+            return None
+        with self._lock:
+            lines, self._lines = self._lines, []
+            left_out, self._left_out = self._left_out, 0
+        try:
+            id = self._store(lines, left_out)
+        except OSError as error:
+            self._take_back(lines, left_out, error)
+            return None
+        self._last = self._spool.now()
+        self.ids = [one for one in self.ids if os.path.exists(
+            self._spool.path(one, 'mail'))] + [id]
+        self._remember()
+        announce(id, self.settings.config.alertfrom)
+        self._spool.drafts.discard(id)
+        return id
+
+    # With the lock held.
+
+    def _collect(self, line):
+        if len(self._lines) < ALERT_LINES - 3:
+            self._lines.append(line)
+        else:
+            self._left_out += 1
+
+    # When.
+
+    def _is_due(self):
+        """Also if the spool's time was set back."""
+        return bool(self._lines) and not (
+            0 <= self._spool.now() - self._last < HOUR)
+
+    def _take_back(self, lines, left_out, error):
+        """They can't be stored: no alert says that, it could not either."""
+        if self._complaint != str(error):
+            self._complaint = str(error)
+            log.error('an alert to %s cannot be stored: %s; tried again',
+                      self.settings.config.alert, error)
+        self._last = self._spool.now() - HOUR + ALERT_PATIENCE
+        with self._lock:
+            new, self._lines = self._lines, lines
+            self._left_out += left_out
+            for line in new:
+                self._collect(line)
+
+    def _remember(self):
+        """Keeps over restarts what the next alert depends on."""
+        import json
+        with self._lock:
+            memory = {'last': int(self._last), 'told': list(self._told),
+                      'ids': self.ids}
+        try:
+            self._spool.keep_note('alerts', json.dumps(memory))
+        except OSError as error:
+            log.error('what was told to %s cannot be kept: %s; it may be told '
+                      'again after a restart', self.settings.config.alert,
+                      error)
+
+    def _recall(self):
+        """({about: True}, time of the last alert, ids) of _remember."""
+        import json
+        try:
+            memory = json.loads(self._spool.note('alerts'))
+            return (dict.fromkeys(memory['told'], True), int(memory['last']),
+                    list(memory['ids']))
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}, -FOREVER, []     # there was none, or it is damaged
+
+    # The mail.
+
+    def _store(self, lines, left_out):
+        """Returns its id. Raises OSError."""
+        config = self.settings.config
+        to = config.alert.split()
+        draft = self._spool.draft(config.alertfrom, to, {
+            'BODY': '8BITMIME', ALERT: ''})
+        try:
+            draft.write(smtps.stuffed(self._message(draft.id, lines,
+                                                    left_out)))
+            draft.seal()
+            draft.commit()
+        except OSError:
+            draft.abort()
+            self._spool.drafts.discard(draft.id)
+            raise
+        log.info('%s: an alert to %s, %d lines: %s', draft.id, listed(to),
+                 len(lines) + left_out, lines[0])
+        return draft.id
+
+    def _message(self, id, lines, left_out):
+        """Bytes."""
+        config, count = self.settings.config, len(lines) + left_out
+        text = [
+            'From: smtpproxy on %s <%s>' % (HOST, config.alertfrom),
+            'To: ' + ', '.join(config.alert.split()),
+            'Subject: smtpproxy on %s: %d message%s' % (
+                HOST, count, 's' * (count > 1)),
+            'Date: ' + mail_date(int(time.time())),
+            'Message-ID: <%s.%s@%s>' % (id, os.urandom(4).hex(), HOST),
+            'Auto-Submitted: auto-generated',
+            'MIME-Version: 1.0',
+            'Content-Type: text/plain; charset=utf-8',
+            'Content-Transfer-Encoding: 8bit', '']
+        text += ['- ' + in_one_line(line) for line in lines]
+        if left_out:
+            text.append('- and %d more: see --queue and the log' % left_out)
+        text += ['', 'More is in the log. There is at most one such mail an '
+                 'hour.', '']
+        return '\r\n'.join(text).encode()
+
+    def _look_at_certificate(self):
+        """Is tlscert about to expire?"""
+        path = self.settings.config.tlscert
+        if not path or not self.settings.config.alert:
+            return
+        try:
+            end = certificate_end(path)
+        except (OSError, ValueError, ImportError) as error:
+            log.warning('%s: when it expires cannot be seen: %s', path, error)
+            return
+        if end - time.time() < TWO_WEEKS:
+            day = time.strftime('%Y-%m-%d', time.localtime(end))
+            self.tell('tlscert %s expires on %s: devices may refuse it then; '
+                      'put a new one there and reload' % (path, day),
+                      '%s %s' % (path, day))
+
+
+def in_one_line(text):
+    """text as a line of a mail: RFC 5322 2.1.1 allows 998 bytes."""
+    line = printable(text).encode('utf-8', 'replace')
+    return line[:900].decode('utf-8', 'ignore') + '...' * (len(line) > 900)
+
+
+def certificate_end(path):
+    """When the first certificate of a PEM file expires, in seconds since
+    1970. Raises OSError, ValueError, ImportError."""
+    import calendar
+    import ssl
+    with open(path, encoding='latin-1') as file:
+        pem = re.search('-----BEGIN CERTIFICATE-----.*?'
+                        '-----END CERTIFICATE-----', file.read(), re.DOTALL)
+    der = ssl.PEM_cert_to_DER_cert(pem[0]) if pem else b''
+    # RFC 5280 4.1.2.5: a sequence of two times, in one of two forms each.
+    validity = re.search(rb'0[\x1e\x20\x22](?:\x17\x0d\d{12}Z|\x18\x0f\d{14}Z)'
+                         rb'(?:\x17\x0d(\d{12})|\x18\x0f(\d{14}))Z', der)
+    if not validity:
+        raise ValueError('no certificate in it')
+    short, long = validity.groups()
+    if short:
+        long = (b'19' if short >= b'50' else b'20') + short
+    return calendar.timegm(time.strptime(long.decode(), '%Y%m%d%H%M%S'))
+
+
+# --- Relay: when each mail is tried, and what a failure means ----------------
+
 LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
 BACKLOG = 8                 # mails that wait per connection before one more
@@ -3013,17 +3312,21 @@ class MailQueue:
         self.due = {}               # {id: when it may be taken, 0: at once}
         self.in_hand = {}           # {id: the thread that has it}
         self.closed = False
+        self._urgent = set()        # ids that go before others
         # Only an index: an id that due does not hold, or holds with a later
         # time, is passed over.
         self._ready = collections.deque()       # ids whose time has come
         self._later = []                        # heap of (when, id)
 
-    def add(self, id, when=0.0):
-        """A mail waits here from now on; when: seconds of clock. Returns
-        False if the queue is closed: then it has to wait elsewhere."""
+    def add(self, id, when=0.0, urgent=False):
+        """A mail waits here from now on; when: seconds of clock; urgent: it
+        goes before others. Returns False if the queue is closed: then it has
+        to wait elsewhere."""
         with self.changed:
             if self.closed:
                 return False
+            if urgent:
+                self._urgent.add(id)
             self._schedule(id, when)
             return True
 
@@ -3055,9 +3358,10 @@ class MailQueue:
         may be taken at once. Returns False if the queue is closed: then it
         has to wait elsewhere."""
         with self.changed:
-            self.done(id)
             if self.closed:
+                self.done(id)
                 return False
+            self.in_hand.pop(id, None)
             self._schedule(id, when, first=True)
             return True
 
@@ -3071,6 +3375,7 @@ class MailQueue:
         """An id leaves this queue: delivered, parked, deleted, handed over."""
         with self.changed:
             self.in_hand.pop(id, None)
+            self._urgent.discard(id)
             if self.closed:
                 self.changed.notify_all()       # for join()
 
@@ -3097,11 +3402,15 @@ class MailQueue:
         self.due[id] = when
         if when:
             heapq.heappush(self._later, (when, id))
-        elif first:
+        else:
+            self._make_ready(id, first)
+        self.changed.notify()
+
+    def _make_ready(self, id, first=False):
+        if first or id in self._urgent:
             self._ready.appendleft(id)
         else:
             self._ready.append(id)
-        self.changed.notify()
 
     def _hand_out(self, id):
         del self.due[id]
@@ -3123,7 +3432,7 @@ class MailQueue:
             when, id = heapq.heappop(self._later)
             if self.due.get(id) == when:
                 self.due[id] = 0.0
-                self._ready.append(id)
+                self._make_ready(id)
 
     def _until_next(self):
         """Seconds until the next id's time has come."""
@@ -3293,8 +3602,8 @@ class Destination(MailQueue):
     def _wants_thread(self):
         if not self._threads:
             return bool(self.due) and not self.closed
-        return (self._gets_through and not self.not_before
-                and self._next_slot <= self.clock()
+        missed_turn = self._next_slot + self._pace <= self.clock()
+        return (self._gets_through and not self.not_before and missed_turn
                 and not self.closed and self._threads < self._most_threads
                 and len(self._ready) > self._threads * BACKLOG)
 
@@ -3362,11 +3671,11 @@ class Queues:
 
     # Moves of what this thread has in hand.
 
-    def hand_over(self, id, destination):
+    def hand_over(self, id, destination, urgent=False):
         """The way of an unrouted mail is known."""
         with self.unrouted.changed:
             self.unrouted.done(id)
-            if not destination.add(id):         # closed just now
+            if not destination.add(id, urgent=urgent):  # closed just now
                 self.unrouted.add(id)
 
     def let_go(self, id, queue_, when=0.0):
@@ -3439,8 +3748,9 @@ class FailurePolicy:
     has begun the mail with: what this touches in the spool is this mail's, or
     has a lock of its own."""
 
-    def __init__(self, spool, clock):
-        self._spool, self._clock = spool, clock
+    def __init__(self, spool, clock, alert):
+        """alert: callable(line), see Alerts.tell."""
+        self._spool, self._clock, self._alert = spool, clock, alert
 
     def settle(self, mail, report, server, settings, wait=0,
                level=logging.WARNING):
@@ -3465,11 +3775,12 @@ class FailurePolicy:
             why = '%s said %s' % (server, why)
         mail.tries += 1
         mail.problem, mail.handled, mail.parked = why, True, False
-        mail.holds = bool(wait)
         self.note_trouble(mail)
-        if settings.config.deleteonerror:
-            log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
-                      '%s', mail.id, why, describe(mail, failed))
+        mail.holds = bool(wait)
+        if settings.config.deleteonerror and not mail.is_alert:
+            self._tell_owner(mail, settings, (
+                '%s: deleted (deleteonerror=true), not delivered: %s; %s' % (
+                    mail.id, why, describe(mail, failed))))
             self._spool.remove(mail)
             return None
         if not mail.to or self._is_expired(mail, settings):
@@ -3494,9 +3805,11 @@ class FailurePolicy:
                                and account.smtprate else 0.0)
 
     def note_trouble(self, mail):
-        """When the trouble of a mail began, in the spool's time."""
-        mail.since = mail.since or self._spool.now()
-        return mail.since
+        """Keeps when the trouble of a mail began; returns when that of its
+        account did, if it is that. In the spool's time."""
+        now = self._spool.now()
+        mail.since = mail.since or now
+        return mail.since if mail.holds else now
 
     def note_deferral(self, mail, destination, wait, level):
         """Why its account waits, in the mail that was tried and in the log.
@@ -3519,10 +3832,20 @@ class FailurePolicy:
         mail.refused, mail.parked, mail.due = {}, True, 0.0
         mail.problem, mail.handled = why, True
         self._spool.save(mail)
-        log.error('%s: %s, kept in msgs/ but not tried again by itself: %s; '
-                  '%s; --retry %s sends it again, --delete %s removes it',
-                  mail.id, what, mail.problem, describe(mail, mail.to),
-                  mail.id, mail.id)
+        self._tell_owner(mail, settings, (
+            '%s: %s, kept in msgs/ but not tried again by itself: %s; %s; '
+            '--retry %s sends it again, --delete %s removes it' % (
+                mail.id, what, mail.problem, describe(mail, mail.to),
+                mail.id, mail.id)))
+
+    def _tell_owner(self, mail, settings, line):
+        """That a mail needs a person: in the log and, but for trouble with an
+        alert, by mail. An alert may have come back to us as a client's."""
+        log.error('%s', line)
+        returned = (mail.frm.lower() == settings.config.alertfrom.lower()
+                    and mail.field('auto-submitted') not in ('', 'no'))
+        if not mail.is_alert and not returned:
+            self._alert(line)
 
     def park_flawed(self, mail, settings):
         """No server is told such an envelope. Not even deleteonerror deletes
@@ -3612,6 +3935,8 @@ class DeliveryAgent:
         if self._destination.absent:
             log.info('%s is there again: %d mails are tried now',
                      self._server, len(self._destination.due))
+        way = self._destination.account.way
+        self._relay.alerts.works_again(way, '%s works again' % way)
         self._destination.succeed()
 
     def _settle(self, mail, report, settings, wait=0, level=logging.WARNING):
@@ -3642,8 +3967,7 @@ class DeliveryAgent:
         gone to some of its recipients. The envelope of another one may be
         under way: that one waits, too."""
         destination, wait = self._destination, longest_wait(settings.config)
-        level = destination.defer(wait, error, destination.failures + 1,
-                                  self._relay.policy.note_trouble(mail))
+        level = self._hold(mail, error, wait, destination.failures + 1)
         self._settle(mail, report, settings, wait, level)
         self._relay.queues.let_all_go(destination, 0.0)
         self._park_expired(settings)
@@ -3662,8 +3986,7 @@ class DeliveryAgent:
         if error.takes_long:
             wait = longest_wait(settings.config)
         policy = self._relay.policy
-        level = destination.defer(wait, error, failures,
-                                  policy.note_trouble(mail))
+        level = self._hold(mail, error, wait, failures)
         self._park_expired(settings)
         when = 0.0
         if self._is_expired(mail.id, settings):
@@ -3672,6 +3995,19 @@ class DeliveryAgent:
         elif is_news:
             policy.note_deferral(mail, destination, wait, level)
         self._relay.queues.let_go(mail.id, destination, when)
+
+    def _hold(self, mail, error, wait, failures):
+        """Nothing of the account is tried for so long. Returns the level of
+        the log line about it."""
+        destination = self._destination
+        if error.advice.kind == 'person':
+            self._relay.alerts.tell('%s: no mail passes before you act, %d '
+                                    'wait: %s' % (
+                                        destination.account.way,
+                                        len(destination.due) + 1, error),
+                                    destination.account.way)
+        return destination.defer(wait, error, failures,
+                                 self._relay.policy.note_trouble(mail))
 
     def _park_expired(self, settings):
         """What has waited too long for its account."""
@@ -3705,12 +4041,15 @@ class Relay:
     Where is a mail? queues.holder(id) tells.
     """
 
-    def __init__(self, spool, settings, handlers, clock=time.monotonic):
+    def __init__(self, spool, settings, handlers, clock=time.monotonic,
+                 alerts=None):
         self._spool, self._clock = spool, clock
         self.settings, self._handlers = settings, handlers
-        self.policy = FailurePolicy(spool, clock)
+        self.alerts = alerts or Alerts(spool, settings)
+        self.alerts.wake = self.wake
+        self.policy = FailurePolicy(spool, clock, self.alerts.tell)
         self.queues = Queues(clock, self._deliver)
-        self._last_round = clock()
+        self._last_round = -FOREVER
         self._reloaded = False          # the relay thread has to rescan
         self._last_errno = None
         self._thread = threading.Thread(target=self._run, name='relay',
@@ -3721,7 +4060,7 @@ class Relay:
     def start(self, found):
         """found: ids of mails in the spool."""
         for id in found:
-            self.queues.unrouted.add(id)
+            self.queues.unrouted.add(id, urgent=id in self.alerts.ids)
         self._thread.start()
 
     def announce(self, id, sender, line):
@@ -3737,6 +4076,7 @@ class Relay:
     def reload(self, settings, handlers):
         """New settings; all that waits is tried at once, parked or not."""
         self.settings, self._handlers = settings, handlers
+        self.alerts.settings = settings
         self._reloaded = True
         self.wake()
 
@@ -3750,6 +4090,8 @@ class Relay:
         """Deliveries under way end within grace seconds, or are cut off: at
         worst that is a second copy."""
         end = time.monotonic() + grace
+        if self._thread.is_alive():
+            self._send_last_alert(min(ALERT_GRACE, grace / 4))
         self.queues.close()
         if self._thread.is_alive():         # it may never have started
             self._thread.join(grace)
@@ -3757,6 +4099,14 @@ class Relay:
         if left:
             log.warning('stopped during a delivery: %s; it will be tried '
                         'again', ', '.join(left))
+        self.alerts.post(self._announce_alert, at_a_stop=True)
+
+    def _send_last_alert(self, patience):
+        """What was collected goes out at a stop, at once if it can."""
+        id = self.alerts.post(self._announce_alert, at_a_stop=True)
+        end = time.monotonic() + patience
+        while id and self.queues.holder(id) and time.monotonic() < end:
+            time.sleep(0.02)
 
     # The relay's thread.
 
@@ -3786,6 +4136,32 @@ class Relay:
         for path, id, what in self._spool.asked():
             self._serve_request(path, id, what)
         self.queues.tidy()
+        for destination in list(self.queues.destinations.values()):
+            self._watch(destination)
+        self.alerts.make_round(self._announce_alert)
+
+    def _watch(self, destination):
+        """Has an account been in trouble for too long?"""
+        account, waiting = destination.account, len(destination.due)
+        if destination.since and (
+                self._spool.now() - destination.since >= HOUR):
+            self.alerts.tell('%s could not be used for an hour, %d mails wait:'
+                             ' %s' % (account.way, waiting, destination.why),
+                             account.way)
+        backlog = 'backlog of ' + account.way
+        if account.smtprate and waiting > 60 * account.smtprate:
+            self.alerts.tell('%s: %d mails wait for their turn, with smtprate='
+                             '%d for more than an hour' % (
+                                 account.way, waiting, account.smtprate),
+                             backlog)
+        elif not waiting:
+            self.alerts.forget(backlog)
+
+    def _announce_alert(self, id, sender):
+        """An alert goes before other mail, and no handler sees it."""
+        destination = self._destination_of(sender)
+        if destination is None or not destination.add(id, urgent=True):
+            self.queues.unrouted.add(id)
 
     def _route(self, id):
         """Gives a mail that this thread has in hand to its destination."""
@@ -3805,7 +4181,7 @@ class Relay:
         waits = destination.outlook()
         if waits and not self.queues.unrouted.due:
             log.info('%s%s', id, waits.replace(';', ':', 1))
-        self.queues.hand_over(id, destination)
+        self.queues.hand_over(id, destination, mail.is_alert)
 
     def _destination_of(self, sender):
         """The Destination of a sender's mail, None without an account."""
@@ -4025,6 +4401,8 @@ class Proxy:
     def __init__(self, settings):
         self.settings, self.started = settings, settings.config
         self.spool = Spool(settings.config.msgdir)
+        self.alerts = Alerts(self.spool, settings)
+        self.spool.alert = self.alerts.tell
         self.server = smtps.Server(self.make_session, hostname=HOST)
 
     def start(self):
@@ -4056,7 +4434,8 @@ class Proxy:
         for warning in self.settings.warnings:
             log.warning('%s', warning)
         self.handlers = Handlers(self.settings)
-        self.relay = Relay(self.spool, self.settings, self.handlers)
+        self.relay = Relay(self.spool, self.settings, self.handlers,
+                           alerts=self.alerts)
         log.info('smtpproxy %s listens on %s; accounts: %d, mails in %s: %d',
                  VERSION, self.ports(), len(self.settings.accounts),
                  config.msgdir, len(self.found))
@@ -4067,7 +4446,7 @@ class Proxy:
 
     def make_session(self, client):
         return Intake(client, self.spool, self.settings, self.relay,
-                      bool(self.handlers.enabled))
+                      bool(self.handlers.enabled), self.alerts.tell)
 
     def listen(self, host, port, tls=False):
         try:
