@@ -378,7 +378,7 @@ class IniReader:
             seen.add(name)
         self.resolve(accounts)
         config, logs = self.complete(config, logs)
-        self.check_alerts(config, accounts)
+        self._check_alerts(config, accounts)
         if self.mistakes:
             raise ConfigError(self.mistakes)
         return Settings(self.path, config, logs, accounts, handlers,
@@ -496,7 +496,7 @@ class IniReader:
                           'this box' % error)
         return config, logs
 
-    def check_alerts(self, config, accounts):
+    def _check_alerts(self, config, accounts):
         """Who sends the alerts has to have a way out."""
         if config.alert and not config.alertfrom:
             self.complain('config', 'alertfrom', 'is missing: alert needs the '
@@ -3133,7 +3133,8 @@ class Alerts:
     def post(self, announce, at_a_stop=False):
         """Makes a mail of what was collected, if it is time. announce:
         callable(id, sender), told of it. Returns its id, or None."""
-        if not self._lines or not (at_a_stop or self._is_due()):
+        if not (self._lines and self.settings.config.alert) or not (
+                at_a_stop or self._is_due()):
             return None
         with self._lock:
             lines, self._lines = self._lines, []

@@ -127,6 +127,19 @@ class Mails(AlertCase):
         self.assertLess(max(map(len, self.post.mails[0].data.split(
             b'\r\n'))), 998)
 
+    def test_a_reload_without_alert_ends_it(self):
+        self.watched({'RCPT': NEVER})
+        self.parked()
+        self.alerts()
+        self.parked()
+
+        self.reload(smtpproxy.load(self.ini({'sleeptime': 10}, {
+            SENDER: self.account()})))
+        self.pass_an_hour()
+        self.pass_an_hour()
+
+        self.assertEqual(1, len(self.post.mails))
+
     def test_without_alert_nothing_is_told(self):
         self.watched({'RCPT': NEVER}, alert='')
 
