@@ -11,9 +11,9 @@ the account that belongs to the sender, with all that the account needs.
 
 The sections are in the order of a mail's journey, each uses only those
 above it: Settings, Log, Spool, Front door, Handlers, Advice, OAuth2, Sign-in,
-Courier, Relay, Proxy, Commands, Set-up, Main. README.md, For developers,
-walks through them with a mail. The keys of the ini are explained in
-smtpproxy.ini.example. The nouns:
+Courier, Alerts, Relay, Proxy, Commands, Set-up, Main. README.md, For
+developers, walks through them with a mail. The keys of the ini are explained
+in smtpproxy.ini.example. The nouns:
 
     Settings            the whole ini at one moment
     Config, Logging     its sections [config] and [logging]
@@ -56,6 +56,8 @@ smtpproxy.ini.example. The nouns:
     TokenRefused        the mail server takes another token, perhaps
 
     Courier             takes mails to one account's server
+
+    Alerts              mails to the owner about what needs a person
 
     MailQueue           ids of mails, and when each may be taken
     Destination         one account's way out: its queue and its threads
@@ -246,6 +248,22 @@ def mail_address(text, warn):
     return one_line(text, warn)
 
 
+def bare_addresses(text, warn):
+    """'a@b c@d', separated by commas or blanks."""
+    found = re.split(r'[,\s]+', text.strip(' ,')) if text else []
+    for address in found:
+        if not re.match(r'[!-~]+@[!-~]+$', address) or re.search(
+                r'[<>"]', address):
+            raise ValueError('must be addresses such as me@example.org')
+    return ' '.join(found)
+
+
+def one_address(text, warn):
+    if ' ' in bare_addresses(text, warn):
+        raise ValueError('must be one address')
+    return text
+
+
 def file_path(text, warn):
     return one_line(text, warn)
 
@@ -278,6 +296,8 @@ class Config(NamedTuple):
     maxconnections: Number(1, 10000) = 100
     timeout: Number(1, DAY) = 300
     retrydays: Number(0, 365) = 5
+    alert: bare_addresses = ''
+    alertfrom: one_address = ''
     tlscert: pem_file = ''
     tlskey: pem_file = ''
     tlsport: port_number = 0
@@ -309,6 +329,7 @@ class Account(NamedTuple):
                      'oauthbearer') = 'auto'
     smtpweaktls: boolean = False
     smtpconnections: Number(1, 100) = 4
+    smtprate: Number(0, 100000) = 0
     tlsverify: boolean = True
     tlscafile: pem_file = ''
     popbeforesmtp: boolean = False
@@ -339,6 +360,12 @@ class Account(NamedTuple):
     @property
     def server(self):
         return '%s:%d' % (self.smtphost, self.smtpport)
+
+    @property
+    def way(self):
+        """The server and who we are there, for people."""
+        return self.server + (self.smtpusername and
+                              ' as ' + self.smtpusername)
 
     @property
     def connection(self):
@@ -385,11 +412,16 @@ class Settings(NamedTuple):
 
     def section_for(self, sender):
         """The lower-case name of the section, or None."""
-        sender = sender.lower()
-        domain = sender.rpartition('@')[2] if '@' in sender else None
-        for name in sender, '*@%s' % domain, 'default':
-            if name in self.accounts:
-                return name
+        return section_of_sender(sender, self.accounts)
+
+
+def section_of_sender(sender, accounts):
+    sender = sender.lower()
+    domain = sender.rpartition('@')[2] if '@' in sender else None
+    for name in sender, '*@%s' % domain, 'default':
+        if name in accounts:
+            return name
+    return None
 
 
 
@@ -398,6 +430,7 @@ MICROSOFT = 'https://login.microsoftonline.com/TENANT/oauth2/v2.0/'
 OAUTH_PRESETS = {
     'microsoft': {
         'smtphost': 'smtp.office365.com', 'smtpconnections': 2,
+        'smtprate': 30,
         'oauthflow': 'device', 'oauthtokenurl': MICROSOFT + 'token',
         'oauthdeviceurl': MICROSOFT + 'devicecode',
         'oauthauthurl': MICROSOFT + 'authorize',
@@ -650,6 +683,7 @@ class IniReader:
             seen.add(name)
         self._resolve(accounts)
         config, logs = self._finish(config, logs)
+        self._check_alerts(config, accounts)
         if self._mistakes:
             raise ConfigError(self._mistakes)
         return Settings(self._path, config, logs, accounts, handlers,
@@ -812,6 +846,16 @@ class IniReader:
             self._complain('config', 'user or group', '%s is not known on '
                            'this box' % error)
         return config, logs
+
+    def _check_alerts(self, config, accounts):
+        """Who sends the alerts has to have a way out."""
+        if config.alert and not config.alertfrom:
+            self._complain('config', 'alertfrom', 'is missing: alert needs '
+                           'the address of an account as sender')
+        elif config.alertfrom and not section_of_sender(
+                config.alertfrom, accounts):
+            self._complain('config', 'alertfrom', '= %s: there is no account '
+                           'for it' % config.alertfrom)
 
     def _find_divided(self, accounts):
         """Warnings about one login at one server whose sections differ in
@@ -1167,6 +1211,7 @@ END = b'\r\n.\r\nNOOP crc32='     # no mail can hold this: its dots are doubled
 END_SIZE = len(END) + len(b'01234567\r\n')
 STATE = re.compile(rb'NOOP state=(\{[^\r\n]*\}) crc32=([0-9a-f]{8})\r\n')
 HANDLED = b'NOOP handled\r\n'
+ALERT = 'smtpproxy-alert'   # RFC 3461 ENVID of our own mails to the owner
 STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
 DKIM = re.compile(rb'^dkim-signature[ \t]*:', re.IGNORECASE | re.MULTILINE)
 CACHED, CACHED_SIZE = 32, 16384     # mails kept in memory too; bytes of one
@@ -1204,19 +1249,22 @@ class Mail:
     seconds since 1970, for people; problem: str, why it is still here; parked:
     bool; unanswered: int, how often a server took all of it and said nothing;
     folded: bool, a server takes no long lines, so it goes with shorter ones;
-    flaw: str, why its envelope must not be sent, or ''. data: its first
-    bytes, all of the header among them, and all of it if it is small; start,
-    body, dot: offsets of the header, of the empty line behind it, and of what
-    follows the final dot's line. seen: the spool's time when its state was
-    saved."""
+    holds: bool, its problem is its account's, other mails wait for it; since:
+    when its trouble began, in the spool's time, or 0; flaw: str, why its
+    envelope must not be sent, or ''; is_alert: bool, it is ours, to the owner.
+    data: its first bytes, all of the header among them, and all of it if it
+    is small; start, body, dot: offsets of the header, of the empty line behind
+    it, and of what follows the final dot's line. seen: the spool's time when
+    its state was saved."""
 
     # What is kept while it is in trouble, and its types.
     STATE_2_0 = {'to': list, 'refused': dict, 'tries': int, 'due': float,
                  'problem': str, 'handled': bool, 'parked': bool}
-    STATE = dict(STATE_2_0, unanswered=int, folded=bool)
+    STATE = dict(STATE_2_0, unanswered=int, folded=bool, holds=bool,
+                 since=float)
 
-    tries, due, problem, unanswered = 0, 0.0, '', 0
-    handled = parked = folded = False
+    tries, due, problem, unanswered, since = 0, 0.0, '', 0, 0.0
+    handled = parked = folded = holds = is_alert = False
     flaw, seen = '', 0
 
     def __init__(self, id, path, data=None):
@@ -1294,6 +1342,8 @@ class Mail:
             if not lines[0].startswith('MAIL FROM:'):
                 raise ValueError('it does not begin with MAIL FROM')
             self.frm, self.parameters = self._parse_stored(lines[0][10:])
+            # What a client says is stored without such a parameter.
+            self.is_alert = lines[0].endswith(' ENVID=' + ALERT)
             self.to = [self._parse_stored(line[8:])[0] for line in lines[1:]
                        if line.startswith('RCPT TO:')]
             if not self.to or len(self.to) + 1 != len(lines) or not data:
@@ -1399,9 +1449,12 @@ def envelope_text(frm, to, parameters):
     options = ''.join([
         ' %s%s' % (key, '=' + parameters[key] if parameters[key] else '')
         for key in ('BODY', 'SMTPUTF8') if key in parameters])
+    if ALERT in parameters:             # never a client's: not upper case
+        options += ' ENVID=' + ALERT
     lines = ['MAIL FROM:<%s>%s' % (frm, options)]
     lines += ['RCPT TO:<%s>' % address for address in to]
-    return ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
+    text = ('\r\n'.join(lines) + '\r\nDATA\r\n').encode()
+    return HANDLED + text if ALERT in parameters else text
 
 
 class Draft:
@@ -1527,6 +1580,10 @@ class Folder:
 
     folder: its path. _counting guards _names."""
 
+    @staticmethod
+    def alert(line, about=''):
+        """Told of what needs a person; see Alerts.tell."""
+
     def __init__(self, folder):
         self.folder = folder
         self._lock = self._place = None     # a descriptor, its os.fstat()
@@ -1610,6 +1667,48 @@ class Folder:
         sync_folder(self.folder)
         return False
 
+    # Notes of ours, that have to last.
+
+    def note(self, name):
+        """The text (str) that was kept under that name. Raises OSError."""
+        with open(os.path.join(self.folder, name, 'note')) as file:
+            return file.read()
+
+    def keep_note(self, name, text):
+        """name: one of OURS. Raises OSError, then the old one is there."""
+        folder = os.path.join(self.folder, name)
+        make_folder(folder)
+        path = os.path.join(folder, 'note')
+        file = os.open(path + '.new', os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
+                       0o600)
+        try:
+            os.write(file, text.encode())
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.rename(path + '.new', path)
+        sync_folder(folder)
+
+    # Requests of the queue commands, which may run beside the service.
+
+    def ask(self, id, what):
+        """Leaves a request; returns its path, which is gone once done."""
+        folder = os.path.join(self.folder, 'asked')
+        os.makedirs(folder, 0o700, exist_ok=True)
+        path = os.path.join(folder, '%s.%s' % (id, what))
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
+        return path
+
+    def asked(self):
+        """[(path, id or 'all', 'retry' or 'delete')]"""
+        folder = os.path.join(self.folder, 'asked')
+        try:
+            names = os.listdir(folder)
+        except OSError:
+            return []
+        return [(os.path.join(folder, name),) + name.rpartition('.')[::2]
+                for name in sorted(names)]
+
     def set_aside(self, name, why):
         """Moves what can't be read to corrupt/: never run, never deleted."""
         if self._lock is None:
@@ -1623,8 +1722,10 @@ class Folder:
             os.rename(os.path.join(self.folder, name), target)
             sync_folder(corrupt)
             self.sync()
-            log.error('%s: cannot be read: %s; it is kept as %s',
-                      name.rpartition('.')[0] or name, why, target)
+            line = '%s: cannot be read: %s; it is kept as %s' % (
+                name.rpartition('.')[0] or name, why, target)
+            log.error('%s', line)
+            self.alert(line)
         except OSError as error:
             log.error('%s: cannot be read: %s; nor set aside: %s',
                       name, why, error)
@@ -1654,16 +1755,16 @@ class Spool(Folder):
       nothing                 remove               a second copy before it
 
     Beside them: corrupt/ for what can't be read, asked/ for requests of the
-    queue commands (ID.retry, ID.delete). Only the process that holds the lock
-    on the folder (or on .lock, where folders have none) changes anything but
-    asked/.
+    queue commands (ID.retry, ID.delete), alerts/ for what was told to the
+    owner. Only the process that holds the lock on the folder (or on .lock,
+    where folders have none) changes anything but asked/.
 
     Time: ids and ages count seconds that this spool has seen with a service
     running, not the box's clock, which may begin in 1970 and jump. They go on
     where they were: each state says when it was saved."""
 
     ID = re.compile(r'[0-9a-f]{8}-[0-9a-f]{5}')
-    _OURS = ('corrupt', 'asked', '.lock')
+    _OURS = ('corrupt', 'asked', 'alerts', '.lock')
 
     def __init__(self, folder, clock=time.monotonic):
         super().__init__(folder)
@@ -1680,18 +1781,18 @@ class Spool(Folder):
 
     # Time and ids.
 
-    def _now(self):
+    def now(self):
         """Seconds, in this spool's own time."""
         return self._epoch + self._clock()
 
     def age(self, id):
         """Seconds that a mail has been here with a service running."""
-        return self._now() - int(id[:8], 16)
+        return self.now() - int(id[:8], 16)
 
     def _new_id(self):
         with self._numbering:
             self._sequence = (self._sequence + 1) % 0x100000
-            return '%08x-%05x' % (int(self._now()) % 0x100000000,
+            return '%08x-%05x' % (int(self.now()) % 0x100000000,
                                   self._sequence)
 
     # A mail's life.
@@ -1720,7 +1821,7 @@ class Spool(Folder):
         if to_send and id < self.first_own:
             mail.verify()
         vars(mail).update(self._unsaved.get(id, {}))
-        self._epoch += max(0, mail.seen - self._now())
+        self._epoch += max(0, mail.seen - self.now())
         return mail
 
     def may_be_parked(self, id):
@@ -1758,7 +1859,7 @@ class Spool(Folder):
 
     def _state_line(self, state):
         import json
-        line = json.dumps(dict(state, seen=int(self._now()))).encode()
+        line = json.dumps(dict(state, seen=int(self.now()))).encode()
         return b'NOOP state=%s crc32=%08x\r\n' % (line, zlib.crc32(line))
 
     @staticmethod
@@ -1829,7 +1930,7 @@ class Spool(Folder):
         if found:
             newest = max(int(id[:8], 16) for id in found)
             self._epoch = newest + 1 - self._clock()
-        self.first_own = '%08x' % int(self._now())
+        self.first_own = '%08x' % int(self.now())
         self._sweep(set(found))
         return found
 
@@ -1869,26 +1970,6 @@ class Spool(Folder):
                     continue            # said already
             self._delivered.discard(id)
 
-    # Requests of the queue commands, which may run beside the service.
-
-    def ask(self, id, what):
-        """Leaves a request; returns its path, which is gone once done."""
-        folder = os.path.join(self.folder, 'asked')
-        os.makedirs(folder, 0o700, exist_ok=True)
-        path = os.path.join(folder, '%s.%s' % (id, what))
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
-        return path
-
-    def asked(self):
-        """[(path, id or 'all', 'retry' or 'delete')]"""
-        folder = os.path.join(self.folder, 'asked')
-        try:
-            names = os.listdir(folder)
-        except OSError:
-            return []
-        return [(os.path.join(folder, name),) + name.rpartition('.')[::2]
-                for name in sorted(names)]
-
 
 # --- Front door: what clients hand in ---------------------------------------
 
@@ -1916,15 +1997,17 @@ def without_empty(header):
 class Admission:
     """May this client send as this one? Of one conversation: it knows who has
     signed in. any_sender: a handler may still change who a mail is from, so
-    a sender without account is taken."""
+    a sender without account is taken. alert: callable(line, about), see
+    Alerts.tell."""
 
     announced = set()       # unknown senders whose ini block is in the log
 
-    def __init__(self, settings, any_sender):
+    def __init__(self, settings, any_sender, alert):
         self._settings, self._any_sender = settings, any_sender
+        self._alert = alert
         self._signed_in_as = None       # (user, section)
 
-    def sign_in(self, user, password):
+    def sign_in(self, client, user, password):
         """Any login will do (devices insist on one), but for an account with
         localpassword. Raises smtps.Refused."""
         import hmac
@@ -1937,6 +2020,9 @@ class Admission:
         if not hmac.compare_digest(
                 *(text.encode('utf-8', 'surrogateescape')
                   for text in (account.localpassword, password))):
+            self._alert('client %s was refused: wrong password for [%s]' % (
+                client, section), 'password %s %s' % (
+                    client.address, section))
             raise smtps.Refused(535, '5.7.8 wrong password for [%s]'
                                 % smtps.printable(section))
         self._signed_in_as = user, section
@@ -1960,6 +2046,9 @@ class Admission:
         if sender in self.announced or len(self.announced) > 1000:
             return
         self.announced.add(sender)
+        self._alert('client %s was refused: there is no account for its '
+                    'sender <%s>; to take its mail add a section for it to '
+                    'the ini' % (client, sender), 'sender ' + sender)
         log.warning('%s: no account for sender <%s>; to take its mail add '
                     'this to the ini and reload:', client, sender)
         for line in ('[%s]' % (sender or 'default'), 'smtphost=<your '
@@ -1972,15 +2061,16 @@ class Admission:
 class Intake(smtps.Session):
     """One client's way in. admission: its Admission; open_draft: callable(
     sender, recipients, parameters) -> Draft; announce: callable(id, sender,
-    line), told of each mail that is safe, with its line for the log."""
+    line), told of each mail that is safe, with its line for the log; alert:
+    callable(line, about), of what could not be stored."""
 
-    def __init__(self, client, admission, open_draft, announce):
+    def __init__(self, client, admission, open_draft, announce, alert):
         super().__init__(client)
-        self._admission = admission
+        self._admission, self._alert = admission, alert
         self._open_draft, self._announce = open_draft, announce
 
     def auth(self, user, password):
-        self._admission.sign_in(user, password)
+        self._admission.sign_in(self.client, user, password)
 
     def mail(self, sender, parameters):
         self._admission.admit(self.client, sender)
@@ -1988,16 +2078,18 @@ class Intake(smtps.Session):
     def data(self, sender, recipients, parameters):
         return IncomingMessage(
             self.client, sender, recipients,
-            self._open_draft(sender, recipients, parameters), self._announce)
+            self._open_draft(sender, recipients, parameters), self._announce,
+            self._alert)
 
 
 class IncomingMessage(smtps.Message):
     """One mail on its way from a client to its file: Received is put in
     front, and what every mail needs and this one lacks."""
 
-    def __init__(self, client, sender, recipients, draft, announce):
+    def __init__(self, client, sender, recipients, draft, announce, alert):
         self._client, self._sender = client, sender
-        self._recipients, self._announce = recipients, announce
+        self._recipients = recipients
+        self._announce, self._alert = announce, alert
         self._draft, self.id = draft, draft.id
         self._head = b''            # while the header goes on; then None
 
@@ -2041,9 +2133,11 @@ class IncomingMessage(smtps.Message):
         try:
             step(*arguments)
         except OSError as error:
-            log.error('%s: not taken from <%s>, client %s: it cannot be '
-                      'stored: %s; answered 452, the client may try again',
-                      self.id, self._sender, self._client, error)
+            line = ('%s: not taken from <%s>, client %s: it cannot be stored:'
+                    ' %s; answered 452, the client may try again' % (
+                        self.id, self._sender, self._client, error))
+            log.error('%s', line)
+            self._alert(line, 'storing')
             raise smtps.Refused(452, '4.3.1 no room for it now, try later')
 
     def _header_goes_on(self):
@@ -2294,15 +2388,6 @@ class Handlers:
 
 # --- Advice: what a failure means to the owner ------------------------------
 
-class AccountUnavailable(Exception):
-    """The account's server can't be used now: every mail of the account has
-    to wait. Its text is for the owner. absent: nobody is there at all
-    (refused, unreachable, unknown name). wait: seconds in which the server
-    wants to be left alone."""
-
-    absent, wait = False, 0
-
-
 def explain(error, host):
     """What an exception means to the owner (str)."""
     ssl = sys.modules.get('ssl')    # not there: then it is no error of TLS
@@ -2317,16 +2402,23 @@ def explain(error, host):
         return 'the name %s is not known: %s' % (host, error.strerror)
     if smtps.is_silence(error):
         return '%s does not answer in time' % host
-    if hasattr(error, 'smtp_code'):
-        return '%s said %d %s' % (host, error.smtp_code,
-                                  smtps.plain(error.smtp_error))
     if isinstance(error, ImportError) or 'unknown encoding' in str(error):
         return missing_module(error)
-    text = getattr(error, 'strerror', None) or (
-        error.args[0] if error.args else error)
-    text = smtps.plain(text if isinstance(text, bytes) else str(text))
+    text = said(error)
+    if hasattr(error, 'smtp_code'):
+        return '%s said %s' % (host, text)
     return '%s: %s' % (host, 'connection closed' if text == '-ERR EOF'
                        else text)
+
+
+def said(error):
+    """What the server said, if it said something: 'CODE text', '-ERR text';
+    else the words of the system."""
+    if hasattr(error, 'smtp_code'):
+        return '%d %s' % (error.smtp_code, smtps.plain(error.smtp_error))
+    text = getattr(error, 'strerror', None) or (
+        error.args[0] if error.args else error)
+    return smtps.plain(text if isinstance(text, bytes) else str(text))
 
 
 def is_absence(error):
@@ -3035,11 +3127,96 @@ def advise(host, stage, reply):
     return NO_ADVICE
 
 
+BEHIND = '; advice: '
+
+
 def with_advice(problem, advice):
     """A problem's text with the advice behind it, if there is one."""
     if not advice.sentence:
         return problem
-    return '%s; advice: %s' % (problem, advice.sentence)
+    return problem + BEHIND + advice.sentence
+
+
+class AccountUnavailable(Exception):
+    """The account can't be used now: every mail of it has to wait. Its text
+    is for the owner. advice: what is known of it; absent: nobody is there at
+    all (refused, unreachable, unknown name); wait: seconds in which the
+    server wants to be left alone."""
+
+    absent, wait = False, 0
+
+    def __init__(self, text, advice=NO_ADVICE):
+        super().__init__(with_advice(text, advice))
+        self.advice = advice
+
+    @property
+    def takes_long(self):
+        """Whether a try each few minutes would only make it worse."""
+        return self.advice.kind in ('account', 'person')
+
+    def log_level(self, known):
+        """Of the line that says it: what needs a person is an ERROR once.
+        known: the advice of the failure before."""
+        if self.advice.kind != 'person':
+            return logging.WARNING
+        return logging.DEBUG if self.advice == known else logging.ERROR
+
+
+STEPS = {'hello': 'EHLO', 'tls': 'STARTTLS', 'pop': 'POP login',
+         'mail': 'MAIL'}
+
+
+def unavailable(stage, error, host, port, redact=str, hint=''):
+    """An AccountUnavailable that says what happened where, and what to do.
+    stage: as in Advice; error: an exception; redact: callable(str) -> str;
+    hint: goes before the advice."""
+    text = explain(error, '%s:%d' % (host, port))
+    advice = advise(host, stage, said(error))
+    if advice is NO_ADVICE:             # it may know our own words, though
+        advice = advise(host, stage, text)
+    trouble = AccountUnavailable(redact('%s: %s%s' % (
+        STEPS.get(stage, stage), text, hint)), advice)
+    trouble.absent = stage == 'connect' and is_absence(error)
+    return trouble
+
+
+def weigh(report, host):
+    """Puts each refused recipient of a smtps.Report where KNOWN_REPLIES says
+    that it belongs, and the advice behind its reply. Returns None, or an
+    AccountUnavailable if a reply is about the account."""
+    refused = dict(report.later, **report.never)
+    trouble = None
+    for recipient, reply in refused.items():
+        advice = advise(host, report.stages.get(recipient, ''), reply)
+        if advice.kind:
+            report.later.pop(recipient, None)
+            report.never.pop(recipient, None)
+        verdict = report.never if advice.kind == 'never' or (
+            recipient in report.never) else report.later
+        verdict[recipient] = with_advice(reply, advice)
+        if advice.kind in ('account', 'person'):
+            trouble = AccountUnavailable('%s said %s' % (host, reply), advice)
+    return trouble
+
+
+def problems(verdicts):
+    """One text for the owner of {recipient: reply, its advice behind it}: each
+    piece of advice stands there once, at the end."""
+    texts, advices = [], []
+    for reply, recipients in grouped(verdicts):
+        text, _, advice = reply.partition(BEHIND)
+        texts.append('%s for %s' % (text, listed(recipients)))
+        if advice and advice not in advices:
+            advices.append(advice)
+    return '; '.join(texts) + (advices and BEHIND + '; '.join(advices) or '')
+
+
+def grouped(verdicts):
+    """[(reply, [recipients])] of {recipient: reply}."""
+    groups = {}
+    for recipient, reply in verdicts.items():
+        groups.setdefault(reply, []).append(recipient)
+    return list(groups.items())
 
 
 class Provider(NamedTuple):
@@ -4595,9 +4772,9 @@ class SignIn:
         """An AccountUnavailable that says what is wrong with the login."""
         account = self.account
         why = explain(error, '%s:%d' % (account.pophost, account.popport))
-        return AccountUnavailable('POP login: %s%s%s' % (
-            self.redact(why), pop_advice(account, why),
-            family_advice(account, error)))
+        return unavailable(
+            'pop', error, account.pophost, account.popport, self.redact,
+            pop_advice(account, why) + family_advice(account, error))
 
     def _talk_pop(self, debuglevel, watch):
         """One login; returns the family of our address."""
@@ -4700,10 +4877,12 @@ class SignIn:
                 delivery.hello()
             except OSError:
                 break                   # it has hung up
-        raise AccountUnavailable(
-            'login at %s as %s refused (%s): check smtpusername and '
-            'smtppassword' % (account.server, account.smtpusername,
-                              '; '.join(answers)))
+        advice = advise(account.smtphost, 'login', '%d %s' % (
+            code, smtps.plain(text)))
+        raise AccountUnavailable('login at %s as %s refused (%s)%s' % (
+            account.server, account.smtpusername, '; '.join(answers),
+            '' if advice.sentence else
+            ': check smtpusername and smtppassword'), advice)
 
     def _mechanisms(self, delivery, known):
         """Names: the one that was taken last time, then best first: some
@@ -4927,8 +5106,7 @@ class Courier:
                 return report
             except smtps.ServiceUnavailable as error:
                 if is_new:
-                    raise AccountUnavailable(
-                        explain(error, self.account.server)) from error
+                    raise self._unavailable('mail', error) from error
             except OSError as error:
                 # The server may lose patience a little sooner than we do.
                 silent = smtps.is_silence(error) or (
@@ -4993,8 +5171,8 @@ class Courier:
         AccountUnavailable."""
         for stage, step in (
                 ('sign-in', functools.partial(self._get_token, refused)),
-                ('connect', self._open), ('EHLO', self._hello),
-                ('STARTTLS', self._start_tls), ('login', self._log_in)):
+                ('connect', self._open), ('hello', self._hello),
+                ('tls', self._start_tls), ('login', self._log_in)):
             try:
                 step()
             except AccountUnavailable:
@@ -5056,12 +5234,11 @@ class Courier:
 
     def _unavailable(self, stage, error):
         """An AccountUnavailable that says what happened where."""
-        what = explain(error, self.account.server)
-        trouble = AccountUnavailable('%s: %s%s%s%s' % (
-            stage, what, family_advice(self.account, error),
-            port_advice(self.account), name_advice(what)))
-        trouble.absent = stage == 'connect' and is_absence(error)
-        return trouble
+        account, what = self.account, explain(error, self.account.server)
+        return unavailable(
+            stage, error, account.smtphost, account.smtpport,
+            hint=family_advice(account, error) + port_advice(account)
+            + name_advice(what))
 
     def close(self, politely=False):
         """Ends the connection; may be called at any time."""
@@ -5070,9 +5247,230 @@ class Courier:
             delivery.close(politely)
 
 
-# --- Relay: when each mail is tried, and what a failure means ----------------
+# --- Alerts: what needs a person reaches one --------------------------------
 
 FOREVER = float('inf')
+HOUR = 3600                 # seconds, the least between two alerts
+ALERT_LINES = 100           # of one, at most
+ALERT_GRACE = 2.0           # seconds of a stop in which the last one may go
+ALERT_PATIENCE = 60         # seconds until one that can't be stored is again
+MOST_SUBJECTS = 1000        # that were told, and are remembered
+TWO_WEEKS = 14 * DAY
+
+
+class Alerts:
+    """Mails to the owner about what needs a person: one at once, then at most
+    one an hour with all that came together. They go through the spool and the
+    account of alertfrom; Mail.is_alert knows them.
+
+    Any thread may tell. The relay's thread makes mails of it, and the one
+    that stops it. The lock guards what was collected and _told, what the owner
+    knows already. msgs/alerts/ keeps _told, the time of the last alert and
+    the ids of those that wait over restarts, so that nothing begins anew.
+
+    ids: of alerts that may still be in the spool."""
+
+    def __init__(self, spool, settings):
+        self.settings, self.wake = settings, lambda: None
+        self._spool, self._lock = spool, threading.Lock()
+        self._lines, self._left_out = [], 0
+        self._told, self._last, self.ids = self._recall()
+        self._next_look = 0.0       # at the certificate
+        self._complaint = ''
+
+    def tell(self, line, about=''):
+        """line: str, for the owner. about: what it is about, told once until
+        works_again() or forget()."""
+        if not self.settings.config.alert:
+            return
+        with self._lock:
+            if about in self._told:
+                return
+            if about and len(self._told) < MOST_SUBJECTS:
+                self._told[about] = True
+            self._collect(line)
+        if self._is_due():
+            self.wake()
+
+    def works_again(self, about, line):
+        """line: for the owner, if that was told."""
+        if about in self._told:
+            self.forget(about)
+            self.tell(line)
+
+    def forget(self, about):
+        """It may be told again."""
+        with self._lock:
+            self._told.pop(about, None)
+
+    def make_round(self, announce):
+        """What is due; see post."""
+        now = self._spool.now()
+        if now >= self._next_look:
+            self._next_look = now + DAY
+            self._look_at_certificate()
+        self.post(announce)
+
+    def post(self, announce, at_a_stop=False):
+        """Makes a mail of what was collected, if it is time. announce:
+        callable(id, sender), told of it. Returns its id, or None."""
+        if not (self._lines and self.settings.config.alert) or not (
+                at_a_stop or self._is_due()):
+            return None
+        with self._lock:
+            lines, self._lines = self._lines, []
+            left_out, self._left_out = self._left_out, 0
+        try:
+            id = self._store(lines, left_out)
+        except OSError as error:
+            self._take_back(lines, left_out, error)
+            return None
+        self._last = self._spool.now()
+        self.ids = [one for one in self.ids if os.path.exists(
+            self._spool.path(one, 'mail'))] + [id]
+        self._remember()
+        announce(id, self.settings.config.alertfrom)
+        self._spool.drafts.discard(id)
+        return id
+
+    # With the lock held.
+
+    def _collect(self, line):
+        if len(self._lines) < ALERT_LINES - 3:
+            self._lines.append(line)
+        else:
+            self._left_out += 1
+
+    # When.
+
+    def _is_due(self):
+        """Also if the spool's time was set back."""
+        return bool(self._lines) and not (
+            0 <= self._spool.now() - self._last < HOUR)
+
+    def _take_back(self, lines, left_out, error):
+        """They can't be stored: no alert says that, it could not either."""
+        if self._complaint != str(error):
+            self._complaint = str(error)
+            log.error('an alert to %s cannot be stored: %s; tried again',
+                      self.settings.config.alert, error)
+        self._last = self._spool.now() - HOUR + ALERT_PATIENCE
+        with self._lock:
+            new, self._lines = self._lines, lines
+            self._left_out += left_out
+            for line in new:
+                self._collect(line)
+
+    def _remember(self):
+        """Keeps over restarts what the next alert depends on."""
+        import json
+        with self._lock:
+            memory = {'last': int(self._last), 'told': list(self._told),
+                      'ids': self.ids}
+        try:
+            self._spool.keep_note('alerts', json.dumps(memory))
+        except OSError as error:
+            log.error('what was told to %s cannot be kept: %s; it may be told '
+                      'again after a restart', self.settings.config.alert,
+                      error)
+
+    def _recall(self):
+        """({about: True}, time of the last alert, ids) of _remember."""
+        import json
+        try:
+            memory = json.loads(self._spool.note('alerts'))
+            return (dict.fromkeys(memory['told'], True), int(memory['last']),
+                    list(memory['ids']))
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}, -FOREVER, []     # there was none, or it is damaged
+
+    # The mail.
+
+    def _store(self, lines, left_out):
+        """Returns its id. Raises OSError."""
+        config = self.settings.config
+        to = config.alert.split()
+        draft = self._spool.draft(config.alertfrom, to, {
+            'BODY': '8BITMIME', ALERT: ''})
+        try:
+            draft.write(smtps.stuffed(self._message(draft.id, lines,
+                                                    left_out)))
+            draft.seal()
+            draft.commit()
+        except OSError:
+            draft.abort()
+            self._spool.drafts.discard(draft.id)
+            raise
+        log.info('%s: an alert to %s, %d lines: %s', draft.id, listed(to),
+                 len(lines) + left_out, lines[0])
+        return draft.id
+
+    def _message(self, id, lines, left_out):
+        """Bytes."""
+        config, count = self.settings.config, len(lines) + left_out
+        text = [
+            'From: smtpproxy on %s <%s>' % (HOST, config.alertfrom),
+            'To: ' + ', '.join(config.alert.split()),
+            'Subject: smtpproxy on %s: %d message%s' % (
+                HOST, count, 's' * (count > 1)),
+            'Date: ' + mail_date(int(time.time())),
+            'Message-ID: <%s.%s@%s>' % (id, os.urandom(4).hex(), HOST),
+            'Auto-Submitted: auto-generated',
+            'MIME-Version: 1.0',
+            'Content-Type: text/plain; charset=utf-8',
+            'Content-Transfer-Encoding: 8bit', '']
+        text += ['- ' + in_one_line(line) for line in lines]
+        if left_out:
+            text.append('- and %d more: see --queue and the log' % left_out)
+        text += ['', 'More is in the log. There is at most one such mail an '
+                 'hour.', '']
+        return '\r\n'.join(text).encode()
+
+    def _look_at_certificate(self):
+        """Is tlscert about to expire?"""
+        path = self.settings.config.tlscert
+        if not path or not self.settings.config.alert:
+            return
+        try:
+            end = certificate_end(path)
+        except (OSError, ValueError, ImportError) as error:
+            log.warning('%s: when it expires cannot be seen: %s', path, error)
+            return
+        if end - time.time() < TWO_WEEKS:
+            day = time.strftime('%Y-%m-%d', time.localtime(end))
+            self.tell('tlscert %s expires on %s: devices may refuse it then; '
+                      'put a new one there and reload' % (path, day),
+                      '%s %s' % (path, day))
+
+
+def in_one_line(text):
+    """text as a line of a mail: RFC 5322 2.1.1 allows 998 bytes."""
+    line = printable(text).encode('utf-8', 'replace')
+    return line[:900].decode('utf-8', 'ignore') + '...' * (len(line) > 900)
+
+
+def certificate_end(path):
+    """When the first certificate of a PEM file expires, in seconds since
+    1970. Raises OSError, ValueError, ImportError."""
+    import calendar
+    import ssl
+    with open(path, encoding='latin-1') as file:
+        pem = re.search('-----BEGIN CERTIFICATE-----.*?'
+                        '-----END CERTIFICATE-----', file.read(), re.DOTALL)
+    der = ssl.PEM_cert_to_DER_cert(pem[0]) if pem else b''
+    # RFC 5280 4.1.2.5: a sequence of two times, in one of two forms each.
+    validity = re.search(rb'0[\x1e\x20\x22](?:\x17\x0d\d{12}Z|\x18\x0f\d{14}Z)'
+                         rb'(?:\x17\x0d(\d{12})|\x18\x0f(\d{14}))Z', der)
+    if not validity:
+        raise ValueError('no certificate in it')
+    short, long = validity.groups()
+    if short:
+        long = (b'19' if short >= b'50' else b'20') + short
+    return calendar.timegm(time.strptime(long.decode(), '%Y%m%d%H%M%S'))
+
+
+# --- Relay: when each mail is tried, and what a failure means ----------------
+
 LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
 UNANSWERED = 3              # copies at most, where each may have arrived
@@ -5098,17 +5496,21 @@ class MailQueue:
         self.due = {}               # {id: when it may be taken, 0: at once}
         self.in_hand = {}           # {id: the thread that has it}
         self.closed = False
+        self._urgent = set()        # ids that go before others
         # Only an index: an id that due does not hold, or holds with a later
         # time, is passed over.
         self._ready = collections.deque()       # ids whose time has come
         self._later = []                        # heap of (when, id)
 
-    def add(self, id, when=0.0):
-        """A mail waits here from now on; when: seconds of clock. Returns
-        False if the queue is closed: then it has to wait elsewhere."""
+    def add(self, id, when=0.0, urgent=False):
+        """A mail waits here from now on; when: seconds of clock; urgent: it
+        goes before others. Returns False if the queue is closed: then it has
+        to wait elsewhere."""
         with self.changed:
             if self.closed:
                 return False
+            if urgent:
+                self._urgent.add(id)
             self._schedule(id, when)
             return True
 
@@ -5140,9 +5542,10 @@ class MailQueue:
         may be taken at once. Returns False if the queue is closed: then it
         has to wait elsewhere."""
         with self.changed:
-            self.done(id)
             if self.closed:
+                self.done(id)
                 return False
+            self.in_hand.pop(id, None)
             self._schedule(id, when, first=True)
             return True
 
@@ -5156,6 +5559,7 @@ class MailQueue:
         """An id leaves this queue: delivered, parked, deleted, handed over."""
         with self.changed:
             self.in_hand.pop(id, None)
+            self._urgent.discard(id)
             if self.closed:
                 self.changed.notify_all()       # for join()
 
@@ -5182,11 +5586,15 @@ class MailQueue:
         self.due[id] = when
         if when:
             heapq.heappush(self._later, (when, id))
-        elif first:
+        else:
+            self._make_ready(id, first)
+        self.changed.notify()
+
+    def _make_ready(self, id, first=False):
+        if first or id in self._urgent:
             self._ready.appendleft(id)
         else:
             self._ready.append(id)
-        self.changed.notify()
 
     def _hand_out(self, id):
         del self.due[id]
@@ -5208,7 +5616,7 @@ class MailQueue:
             when, id = heapq.heappop(self._later)
             if self.due.get(id) == when:
                 self.due[id] = 0.0
-                self._ready.append(id)
+                self._make_ready(id)
 
     def _until_next(self):
         """Seconds until the next id's time has come."""
@@ -5230,16 +5638,24 @@ class Destination(MailQueue):
     first one has got through. When the account can't be used (`why` says it)
     nothing is tried before `not_before`; that is FOREVER if a person has to
     sign in first.
+
+    With smtprate the mails are taken evenly, none before `_next_slot`. What
+    waits for that waits in `due`, and the connection is kept for it.
     """
 
-    def __init__(self, account, clock, deliver, grants):
+    def __init__(self, account, clock, deliver, grants, began=0.0):
         """account: Account.connection; deliver: callable(Destination), the
-        life of a delivery thread; grants: the Grants, for its SignIn."""
+        life of a delivery thread; grants: the Grants, for its SignIn; began:
+        when the relay was started, which may have sent one just before."""
         super().__init__(clock)
-        self.account, self.deliver = account, deliver
+        self._pace = 60 / account.smtprate if account.smtprate else 0.0
+        self._next_slot = began + self._pace
+        self.account, self._deliver = account, deliver
         self.sign_in = SignIn(account, clock, grants=grants)
         self.not_before, self.why = 0.0, ''
         self.absent = False         # nobody was there: see AccountUnavailable
+        self._advice = NO_ADVICE    # of what it is deferred for
+        self.since = 0.0            # when that began, in the spool's time
         self.failures = 0           # of the account, one after the other
         self._threads = 0
         self._most_threads = account.smtpconnections
@@ -5249,10 +5665,13 @@ class Destination(MailQueue):
 
     def outlook(self):
         """Why a mail that comes now has to wait, for its log line, or ''."""
-        if not self.not_before:
-            return ''
-        return '; it waits with %d more for %s: %s' % (
-            len(self.due), self.account.server, self.why)
+        if self.not_before:
+            return '; it waits with %d more for %s: %s' % (
+                len(self.due), self.account.server, self.why)
+        if self._pace and self.due:
+            return '; with smtprate=%d its turn comes in about %d seconds' % (
+                self.account.smtprate, len(self.due) * self._pace)
+        return ''
 
     def retry(self, id=None):
         """A mail, or all that wait here, may be tried now, and the account
@@ -5271,7 +5690,7 @@ class Destination(MailQueue):
         with self.changed:
             while self._wants_thread():
                 thread = threading.Thread(
-                    target=self.deliver, args=(self,), daemon=True,
+                    target=self._deliver, args=(self,), daemon=True,
                     name='relay-' + self.account.server)
                 try:
                     thread.start()
@@ -5282,6 +5701,19 @@ class Destination(MailQueue):
                 self._threads += 1
 
     # For its threads.
+
+    def take(self, patience=0.0):
+        """As MailQueue.take, in the pace of the account: while mail waits for
+        its turn the thread waits longer, so that it keeps its connection."""
+        with self.changed:
+            if patience:
+                patience += self._pace
+            id = super().take(patience)
+            while id is None and patience and self._has_next():
+                id = super().take(patience)
+            if id:
+                self._next_slot = self.clock() + self._pace
+            return id
 
     def wait(self):
         """Sleeps until a mail may be tried. False: there is nothing more to
@@ -5299,7 +5731,10 @@ class Destination(MailQueue):
         if self._gets_through and not self.failures and not self.why:
             return                      # the usual case needs no lock
         with self.changed:
+            if self.not_before:
+                return                  # it was under way when that began
             self.failures, self.why, self.absent = 0, '', False
+            self._advice, self.since = NO_ADVICE, 0.0
             self._gets_through = True
             self.start_threads()
 
@@ -5315,11 +5750,17 @@ class Destination(MailQueue):
             self._threads = self._most_threads = others
             return others
 
-    def defer(self, seconds, why, absent, failures):
-        """The account can't be used: nothing is tried for so long."""
+    def defer(self, seconds, error, failures, since):
+        """The account can't be used: nothing is tried for so long. error: an
+        AccountUnavailable; since: when the mail that was tried met its first
+        trouble. Returns the level of the log line about it."""
         with self.changed:
+            level = error.log_level(self._advice)
             self.not_before = self.clock() + seconds
-            self.why, self.absent, self.failures = why, absent, failures
+            self.why, self.absent = str(error), error.absent
+            self._advice, self.failures = error.advice, failures
+            self.since = self.since or since
+            return level
 
     # With the lock held.
 
@@ -5333,18 +5774,23 @@ class Destination(MailQueue):
             if self.not_before > self.clock():
                 return False
             self.not_before = 0.0
-        return super()._is_ready()
+        return self._next_slot <= self.clock() and super()._is_ready()
+
+    def _has_next(self):
+        """Whether mail could go now, or as soon as its turn comes."""
+        return (not self.closed and not self.not_before
+                and super()._is_ready())
 
     def _until_next(self):
-        if self.not_before:
-            return min(max(0.0, self.not_before - self.clock()),
-                       threading.TIMEOUT_MAX)
-        return super()._until_next()
+        blocked = max(self.not_before, self._next_slot) - self.clock()
+        return min(blocked, threading.TIMEOUT_MAX) if blocked > 0 else (
+            super()._until_next())
 
     def _wants_thread(self):
         if not self._threads:
             return bool(self.due) and not self.closed
-        return (self._gets_through and not self.not_before
+        missed_turn = self._next_slot + self._pace <= self.clock()
+        return (self._gets_through and not self.not_before and missed_turn
                 and not self.closed and self._threads < self._most_threads
                 and len(self._ready) > self._threads * BACKLOG)
 
@@ -5359,31 +5805,26 @@ def back_off(tries, config):
     """Seconds until the next try: sleeptime, doubled up to an hour, and a
     little more, so that not all come back at the same moment."""
     first = max(1, config.sleeptime)
-    longest = max(first, LONGEST_WAIT)
     return min(first * 2 ** min(tries - 1, 20) * (
-        1 + os.urandom(1)[0] / 2560), longest)
+        1 + os.urandom(1)[0] / 2560), longest_wait(config))
+
+
+def longest_wait(config):
+    """Seconds: an hour, or a sleeptime that is longer."""
+    return max(config.sleeptime, LONGEST_WAIT)
 
 
 def why_not(mail, report, server):
-    """What was said to those who have not got it."""
-    failed = dict(mail.refused, **report.later)
-    why = '; '.join('%s for %s' % (reply, listed(recipients))
-                    for reply, recipients in grouped(failed))
-    return why if server in why else '%s said %s' % (server, why)
+    """What was said to those who have not got it, and what to do."""
+    why = problems(dict(mail.refused, **report.later))
+    why = why if server in why else '%s said %s' % (server, why)
+    return why if BEHIND in why else why + name_advice(why)
 
 
 def describe(mail, recipients):
     """A mail in trouble, for its log line."""
     return 'from <%s> to %s, subject %s' % (
         mail.frm, listed(list(recipients)), mail.field('subject') or '-')
-
-
-def grouped(verdicts):
-    """[(reply, [recipients])] of {recipient: reply}."""
-    groups = {}
-    for recipient, reply in verdicts.items():
-        groups.setdefault(reply, []).append(recipient)
-    return list(groups.items())
 
 
 class Queues:
@@ -5398,6 +5839,7 @@ class Queues:
         """grants: Grants, for who signs in by OAuth2; deliver:
         callable(Destination), the life of a delivery thread."""
         self._clock, self._grants, self._deliver = clock, grants, deliver
+        self._began = clock()
         self.unrouted = MailQueue(clock)
         self.destinations = {}
         self._dissolved = []    # Destinations that are not in the ini any
@@ -5422,15 +5864,15 @@ class Queues:
         return found or self.destinations.setdefault(
             account.connection, Destination(
                 account.connection, self._clock, self._deliver,
-                self._grants))
+                self._grants, self._began))
 
     # Moves of what this thread has in hand.
 
-    def hand_over(self, id, destination):
+    def hand_over(self, id, destination, urgent=False):
         """The way of an unrouted mail is known."""
         with self.unrouted.changed:
             self.unrouted.done(id)
-            if not destination.add(id):         # closed just now
+            if not destination.add(id, urgent=urgent):  # closed just now
                 self.unrouted.add(id)
 
     def let_go(self, id, queue_, when=0.0):
@@ -5503,18 +5945,22 @@ class FailurePolicy:
     has begun the mail with: what this touches in the spool is this mail's, or
     has a lock of its own."""
 
-    def __init__(self, spool, clock):
-        self._spool, self._clock = spool, clock
+    def __init__(self, spool, clock, alert):
+        """alert: callable(line), see Alerts.tell."""
+        self._spool, self._clock, self._alert = spool, clock, alert
 
-    def settle(self, mail, report, server, settings):
+    def settle(self, mail, report, server, settings, wait=0,
+               level=logging.WARNING):
         """Acts on the verdict of one attempt. Returns when the mail may be
-        tried again, None if it is delivered, deleted or parked."""
+        tried again, None if it is delivered, deleted or parked. wait: least
+        seconds until then; level: of the log line that says so."""
         self._note_verdicts(mail, report, server)
         if self._gets_further(mail, report, server):
             self._spool.save(mail)
             return 0.0
         if mail.to or mail.refused:
-            return self._settle_failure(mail, report, server, settings)
+            return self._settle_failure(mail, report, server, settings, wait,
+                                        level)
         self._spool.remove(mail)
         return None
 
@@ -5560,37 +6006,64 @@ class FailurePolicy:
             mail.to.append(Address(recipient))
         return True
 
-    def _settle_failure(self, mail, report, server, settings):
+    def _settle_failure(self, mail, report, server, settings, wait, level):
         why = why_not(mail, report, server)
-        why += name_advice(why)
         mail.tries += 1
         mail.unanswered += report.unanswered
         mail.problem, mail.handled, mail.parked = why, True, False
-        if settings.config.deleteonerror:
-            log.error('%s: deleted (deleteonerror=true), not delivered: %s; '
-                      '%s', mail.id, why, describe(
-                          mail, [*mail.refused, *mail.to]))
+        self.note_trouble(mail)
+        mail.holds = bool(wait)
+        if settings.config.deleteonerror and not mail.is_alert:
+            self._tell_owner(mail, settings, (
+                '%s: deleted (deleteonerror=true), not delivered: %s; %s' % (
+                    mail.id, why, describe(
+                        mail, [*mail.refused, *mail.to]))))
             self._spool.remove(mail)
             return None
         if not mail.to or mail.unanswered == UNANSWERED or (
-                self.is_expired(mail.id, settings)):
+                self._is_expired(mail, settings)):
             self.park(mail, why, settings)
             return None
-        wait = back_off(mail.tries, settings.config)
+        wait = max(wait, back_off(mail.tries, settings.config))
         mail.due = time.time() + wait
         self._spool.save(mail)
-        log.warning('%s: not delivered: %s; try %d, the next one in %d '
-                    'seconds', mail.id, why, mail.tries, wait)
+        log.log(level, '%s: not delivered: %s; try %d, the next one in %d '
+                'seconds', mail.id, why, mail.tries, wait)
         return self._clock() + wait
 
-    def is_expired(self, id, settings):
-        """Has it waited for retrydays?"""
-        return self._spool.age(id) >= settings.config.retrydays * DAY
+    def is_expired(self, id, settings, since=0.0):
+        """Has it waited for retrydays? since: of an account with smtprate,
+        when its trouble began: before, a mail may have waited for its turn."""
+        age = min(self._spool.age(id), self._spool.now() - since)
+        return age >= settings.config.retrydays * DAY
 
-    def note_deferral(self, mail, destination, wait):
+    def in_a_while(self, settings):
+        """When something that went wrong by itself may be tried again."""
+        return self._clock() + back_off(1, settings.config)
+
+    def waited_too_long(self, id, destination, settings):
+        """The same for one that waits for its account."""
+        return self.is_expired(
+            id, settings,
+            destination.since if destination.account.smtprate else 0.0)
+
+    def _is_expired(self, mail, settings):
+        account = settings.account_for(mail.frm)
+        return self.is_expired(mail.id, settings, mail.since if account
+                               and account.smtprate else 0.0)
+
+    def note_trouble(self, mail):
+        """Keeps when the trouble of a mail began; returns when that of its
+        account did, if it is that. In the spool's time."""
+        now = self._spool.now()
+        mail.since = mail.since or now
+        return mail.since if mail.holds else now
+
+    def note_deferral(self, mail, destination, wait, level):
         """Why its account waits, in the mail that was tried and in the log.
         Where nobody was there, or a person is needed, no time is kept."""
         mail.problem, mail.handled, mail.due = destination.why, True, 0.0
+        mail.holds = True
         others = '%d more mails wait for it' % len(destination.due)
         if wait == FOREVER:
             self._spool.save(mail)
@@ -5601,9 +6074,9 @@ class FailurePolicy:
         if not destination.absent:
             mail.due = time.time() + wait
         self._spool.save(mail)
-        log.warning('%s: not delivered: %s; try %d, the next one %s %d '
-                    'seconds, %s', mail.id, mail.problem, mail.tries,
-                    'each' if destination.absent else 'in', wait, others)
+        log.log(level, '%s: not delivered: %s; try %d, the next one %s %d '
+                'seconds, %s', mail.id, mail.problem, mail.tries,
+                'each' if destination.absent else 'in', wait, others)
 
     def park(self, mail, why, settings):
         """Keeps a mail until the owner asks for another try."""
@@ -5616,10 +6089,20 @@ class FailurePolicy:
         mail.refused, mail.parked, mail.due = {}, True, 0.0
         mail.problem, mail.handled = why, True
         self._spool.save(mail)
-        log.error('%s: %s, kept in msgs/ but not tried again by itself: %s; '
-                  '%s; --retry %s sends it again, --delete %s removes it',
-                  mail.id, what, mail.problem, describe(mail, mail.to),
-                  mail.id, mail.id)
+        self._tell_owner(mail, settings, (
+            '%s: %s, kept in msgs/ but not tried again by itself: %s; %s; '
+            '--retry %s sends it again, --delete %s removes it' % (
+                mail.id, what, mail.problem, describe(mail, mail.to),
+                mail.id, mail.id)))
+
+    def _tell_owner(self, mail, settings, line):
+        """That a mail needs a person: in the log and, but for trouble with an
+        alert, by mail. An alert may have come back to us as a client's."""
+        log.error('%s', line)
+        returned = (mail.frm.lower() == settings.config.alertfrom.lower()
+                    and mail.field('auto-submitted') not in ('', 'no'))
+        if not mail.is_alert and not returned:
+            self._alert(line)
 
     def park_flawed(self, mail, settings):
         """No server is told such an envelope. Not even deleteonerror deletes
@@ -5658,7 +6141,8 @@ class DeliveryAgent:
                 log.exception('%s: an error in a delivery; the mail is tried '
                               'again later', self._server)
                 self._relay.queues.let_all_go(
-                    self._destination, self._relay.in_a_while())
+                    self._destination, self._relay.policy.in_a_while(
+                        self._relay.settings))
             courier.close(politely=True)
 
     def _deliver_ready(self, courier):
@@ -5675,13 +6159,8 @@ class DeliveryAgent:
                 return self._settle_pending(mail, error)
             except AccountUnavailable as error:
                 return self._settle_unavailable(mail, error, settings)
-            self._note_success()
-            if courier.wants_pop_login(mail, report):
-                self._relay.policy.settle_until_login(
-                    mail, report, self._server)
-                self._relay.queues.let_go(mail.id, self._destination)
-            else:
-                self._settle(mail, report, settings)
+            if not self._settle_report(courier, mail, report, settings):
+                return True
             at_hand = courier.upcoming or self._next_mail(LINGER)
         return True
 
@@ -5711,18 +6190,38 @@ class DeliveryAgent:
         if self._destination.absent:
             log.info('%s is there again: %d mails are tried now',
                      self._server, len(self._destination.due))
+        way = self._destination.account.way
+        self._relay.alerts.works_again(way, '%s works again' % way)
         self._destination.succeed()
 
-    def _settle(self, mail, report, settings):
-        when = self._relay.policy.settle(mail, report, self._server, settings)
+    def _settle_report(self, courier, mail, report, settings):
+        """Whether the connection may be used for a next mail."""
+        if courier.wants_pop_login(mail, report):
+            self._note_success()
+            self._relay.policy.settle_until_login(mail, report, self._server)
+            self._relay.queues.let_go(mail.id, self._destination)
+            return True
+        trouble = weigh(report, self._destination.account.smtphost)
+        if trouble and not settings.config.deleteonerror:
+            courier.close()         # the next envelope may be under way
+            self._settle_limit(mail, report, trouble, settings)
+            return False
+        self._note_success()
+        self._settle(mail, report, settings)
+        return True
+
+    def _settle(self, mail, report, settings, wait=0, level=logging.WARNING):
+        when = self._relay.policy.settle(mail, report, self._server, settings,
+                                         wait, level)
         self._relay.queues.let_go(mail.id, self._destination, when)
 
     def _settle_pending(self, mail, error):
         """No mail of the account goes before the POP login has sunk in. That
         is no failure. Returns True: this thread goes on."""
         destination = self._destination
-        destination.defer(error.until - destination.clock(), str(error),
-                          destination.absent, destination.failures)
+        error.absent = destination.absent
+        destination.defer(error.until - destination.clock(), error,
+                          destination.failures, 0.0)
         self._relay.queues.let_go(mail.id, destination)
         return True
 
@@ -5746,6 +6245,16 @@ class DeliveryAgent:
             self._defer_account(mail, error, settings)
         return True
 
+    def _settle_limit(self, mail, report, error, settings):
+        """A reply was about the account, not about this mail, which may have
+        gone to some of its recipients. The envelope of another one may be
+        under way: that one waits, too."""
+        destination, wait = self._destination, longest_wait(settings.config)
+        level = self._hold(mail, error, wait, destination.failures + 1)
+        self._settle(mail, report, settings, wait, level)
+        self._relay.queues.let_all_go(destination, 0.0)
+        self._relay.park_expired(destination, settings)
+
     def _defer_account(self, mail, error, settings):
         """No mail of the account can go: one of them is tried now and then,
         all others wait for that without a try of their own. Where nobody was
@@ -5758,27 +6267,47 @@ class DeliveryAgent:
             failures = max(failures, mail.tries) + 1
             wait = back_off(failures, settings.config)
         wait = max(wait, error.wait)
-        destination.defer(wait, why, error.absent, failures)
-        self._wait_with_account(mail, settings, wait if is_news else None)
+        if error.takes_long:
+            wait = max(wait, longest_wait(settings.config))
+        level = self._hold(mail, error, wait, failures)
+        self._wait_with_account(mail, settings, level,
+                                wait if is_news else None)
 
     def _await_sign_in(self, mail, error, settings):
         """No try before the sign-in changes or the owner asks for one, and
         not even deleteonerror deletes what waits for that."""
-        self._destination.defer(FOREVER, str(error), False, 0)
-        self._wait_with_account(mail, settings, FOREVER)
+        account = self._destination.account
+        self._relay.alerts.tell('%s: its mail waits for a sign-in: %s' % (
+            account.way, error), account.way)
+        level = self._hold(mail, error, FOREVER, 0)
+        self._wait_with_account(mail, settings, level, FOREVER)
 
-    def _wait_with_account(self, mail, settings, news):
+    def _wait_with_account(self, mail, settings, level, news):
         """The mail that was tried waits for its account with all others.
-        news: seconds until the next try, None if that was said already."""
+        level: of the log line; news: seconds until the next try, None if that
+        was said already."""
         destination, policy = self._destination, self._relay.policy
         self._relay.park_expired(destination, settings)
         when = 0.0
-        if policy.is_expired(mail.id, settings):
+        if policy.waited_too_long(mail.id, destination, settings):
             policy.park(mail, destination.why, settings)
             when = None
         elif news is not None:
-            policy.note_deferral(mail, destination, news)
+            policy.note_deferral(mail, destination, news, level)
         self._relay.queues.let_go(mail.id, destination, when)
+
+    def _hold(self, mail, error, wait, failures):
+        """Nothing of the account is tried for so long. Returns the level of
+        the log line about it."""
+        destination = self._destination
+        if error.advice.kind == 'person':
+            self._relay.alerts.tell('%s: no mail passes before you act, %d '
+                                    'wait: %s' % (
+                                        destination.account.way,
+                                        len(destination.due) + 1, error),
+                                    destination.account.way)
+        return destination.defer(wait, error, failures,
+                                 self._relay.policy.note_trouble(mail))
 
 
 class Requests:
@@ -5880,11 +6409,13 @@ class Relay:
     """
 
     def __init__(self, spool, settings, handlers, clock=time.monotonic,
-                 reload_ini=None):
+                 reload_ini=None, alerts=None):
         self._spool, self._clock = spool, clock
         self.settings, self._handlers = settings, handlers
+        self.alerts = alerts or Alerts(spool, settings)
+        self.alerts.wake = self.wake
         self.grants = Grants(settings, clock)
-        self.policy = FailurePolicy(spool, clock)
+        self.policy = FailurePolicy(spool, clock, self.alerts.tell)
         self.queues = Queues(clock, self.grants, self._deliver)
         self._requests = Requests(self, spool, reload_ini)
         self._last_round = -FOREVER     # what was asked for comes first
@@ -5898,12 +6429,13 @@ class Relay:
     def start(self, found):
         """found: ids of mails in the spool."""
         for id in found:
-            self.queues.unrouted.add(id)
+            self.queues.unrouted.add(id, urgent=id in self.alerts.ids)
         self._thread.start()
 
     def announce(self, id, sender, line):
         """A mail is safe on disk. line: what the log says of that; what the
         mail has to wait for comes behind it."""
+        self.alerts.works_again('storing', 'mail can be stored again')
         destination = None
         if not self._handlers.enabled:
             destination = self._destination_of(sender)
@@ -5915,6 +6447,7 @@ class Relay:
         """New settings; all that waits is tried at once, parked or not."""
         self.grants.reload(settings)    # first: threads ask them by settings
         self.settings, self._handlers = settings, handlers
+        self.alerts.settings = settings
         self._reloaded = True
         self.wake()
 
@@ -5928,6 +6461,8 @@ class Relay:
         """Deliveries under way end within grace seconds, or are cut off: at
         worst that is a second copy."""
         end = time.monotonic() + grace
+        if self._thread.is_alive():
+            self._send_last_alert(min(ALERT_GRACE, grace / 4))
         self.queues.close()
         if self._thread.is_alive():         # it may never have started
             self._thread.join(grace)
@@ -5936,6 +6471,14 @@ class Relay:
         if left:
             log.warning('stopped during a delivery: %s; it will be tried '
                         'again', ', '.join(left))
+        self.alerts.post(self._announce_alert, at_a_stop=True)
+
+    def _send_last_alert(self, patience):
+        """What was collected goes out at a stop, at once if it can."""
+        id = self.alerts.post(self._announce_alert, at_a_stop=True)
+        end = time.monotonic() + patience
+        while id and self.queues.holder(id) and time.monotonic() < end:
+            time.sleep(0.02)
 
     # The relay's thread.
 
@@ -5945,7 +6488,9 @@ class Relay:
                 self._do_next()
             except Exception:
                 log.exception('relay: an error; it goes on with the next mail')
-                self.queues.let_all_go(self.queues.unrouted, self.in_a_while())
+                self.queues.let_all_go(
+                    self.queues.unrouted,
+                    self.policy.in_a_while(self.settings))
 
     def _do_next(self):
         next_round = self._last_round + self.settings.config.sleeptime
@@ -5968,6 +6513,32 @@ class Relay:
             if destination.not_before == FOREVER:
                 self._look_after_sign_in(destination)
         self.queues.tidy()
+        for destination in list(self.queues.destinations.values()):
+            self._watch(destination)
+        self.alerts.make_round(self._announce_alert)
+
+    def _watch(self, destination):
+        """Has an account been in trouble for too long?"""
+        account, waiting = destination.account, len(destination.due)
+        if destination.since and (
+                self._spool.now() - destination.since >= HOUR):
+            self.alerts.tell('%s could not be used for an hour, %d mails wait:'
+                             ' %s' % (account.way, waiting, destination.why),
+                             account.way)
+        backlog = 'backlog of ' + account.way
+        if account.smtprate and waiting > 60 * account.smtprate:
+            self.alerts.tell('%s: %d mails wait for their turn, with smtprate='
+                             '%d for more than an hour' % (
+                                 account.way, waiting, account.smtprate),
+                             backlog)
+        elif not waiting:
+            self.alerts.forget(backlog)
+
+    def _announce_alert(self, id, sender):
+        """An alert goes before other mail, and no handler sees it."""
+        destination = self._destination_of(sender)
+        if destination is None or not destination.add(id, urgent=True):
+            self.queues.unrouted.add(id)
 
     def _look_after_sign_in(self, destination):
         """Of an account that waits for a person. Time goes on for its mail,
@@ -5981,7 +6552,8 @@ class Relay:
     def park_expired(self, destination, settings):
         """What has waited too long for its account."""
         for id in destination.withdraw(
-                lambda id: self.policy.is_expired(id, settings)):
+                lambda id: self.policy.waited_too_long(
+                    id, destination, settings)):
             mail = self.load(id, destination)
             if mail:
                 self.policy.park(mail, destination.why, settings)
@@ -6006,7 +6578,7 @@ class Relay:
         waits = destination.outlook()
         if waits and not self.queues.unrouted.due:
             log.info('%s%s', id, waits.replace(';', ':', 1))
-        self.queues.hand_over(id, destination)
+        self.queues.hand_over(id, destination, mail.is_alert)
 
     def _destination_of(self, sender):
         """The Destination of a sender's mail, None without an account."""
@@ -6035,7 +6607,8 @@ class Relay:
             self._spool.set_aside(id + '.mail', error)
         except OSError as error:
             self._note_unreadable(id, error)
-            self.queues.let_go(id, queue_, self.in_a_while())
+            self.queues.let_go(id, queue_,
+                               self.policy.in_a_while(self.settings))
             return None
         queue_.done(id)
         return None
@@ -6068,7 +6641,8 @@ class Relay:
             log.error('%s: handlers cannot be run on it, or what they made '
                       'of it not stored: %r; tried again later', mail.id,
                       error)
-            self.queues.unrouted.give_back(mail.id, self.in_a_while())
+            self.queues.unrouted.give_back(
+                mail.id, self.policy.in_a_while(self.settings))
             return False
 
     def _rescan(self):
@@ -6110,10 +6684,6 @@ class Relay:
             self._spool.save(mail)
         self.queues.unrouted.give_back(id)
         return True
-
-    def in_a_while(self):
-        """When something that went wrong by itself may be tried again."""
-        return self._clock() + back_off(1, self.settings.config)
 
 
 # --- Proxy: builds all of it and wires it together --------------------------
@@ -6207,6 +6777,8 @@ class Proxy:
         self.settings, self._started = settings, settings.config
         self._pause = pause
         self.spool = Spool(settings.config.msgdir)
+        self.alerts = Alerts(self.spool, settings)
+        self.spool.alert = self.alerts.tell
         self._reloading = threading.Lock()      # the main thread, the relay
         self.server = smtps.Server(self._make_session, hostname=HOST)
 
@@ -6240,7 +6812,7 @@ class Proxy:
         self._found = self._open_spool()
         self.handlers = Handlers(self.settings)
         self.relay = Relay(self.spool, self.settings, self.handlers,
-                           reload_ini=self.reload)
+                           reload_ini=self.reload, alerts=self.alerts)
         self._warn()
         log.info('smtpproxy %s listens on %s; accounts: %d, mails in %s: %d',
                  VERSION, self.ports(), len(self.settings.accounts),
@@ -6252,8 +6824,9 @@ class Proxy:
 
     def _make_session(self, client):
         return Intake(
-            client, Admission(self.settings, bool(self.handlers.enabled)),
-            self.spool.draft, self.relay.announce)
+            client, Admission(self.settings, bool(self.handlers.enabled),
+                              self.alerts.tell),
+            self.spool.draft, self.relay.announce, self.alerts.tell)
 
     def _wait_for_address(self, host):
         """At boot we may be faster than DHCP. Whatever else is wrong with a
@@ -6516,7 +7089,7 @@ def mails(spool, ids):
 
 
 def show_queue(settings, options):
-    """--queue: what waits in msgs/."""
+    """--queue: what waits in msgs/, and what each account waits for."""
     rows = queue_rows(command_spool(settings))
     if options.json:
         import json
@@ -6540,10 +7113,35 @@ def show_queue(settings, options):
     for grant, (section, text) in needed.items():
         tell('%d of them wait for the sign-in of [%s]: %s' % (
             waiting[grant], section, text))
+    for text in held_up(rows, settings):
+        tell(text)
     return 0
 
 
-def next_try(row, settings, needs_sign_in):
+def held_up(rows, settings):
+    """What holds each account up: [a line for the owner]."""
+    waiting = {}
+    for row in rows:
+        account = settings.account_for(row['sender'])
+        if account and not row['parked']:
+            waiting.setdefault(account.connection, []).append(row)
+    lines = []
+    for account, its in waiting.items():
+        way = '%s: %d mails wait' % (account.way, len(its))
+        held = max((row for row in its if row['holds']), default=None,
+                   key=lambda row: row['next'] or '')
+        untried = sum(not row['tries'] for row in its)
+        if held:
+            lines.append('%s for the account, next try %s: %s' % (
+                way, next_try(held, settings), held['error']))
+        elif account.smtprate and untried:
+            lines.append('%s, %d for their turn: smtprate=%d, so about %d '
+                         'minutes' % (way, untried, account.smtprate,
+                                      -(-untried // account.smtprate)))
+    return lines
+
+
+def next_try(row, settings, needs_sign_in=False):
     """When a mail is tried again, for people. Where nobody was there at all
     that is each sleeptime, and no time of its own is stored."""
     if row['parked']:
@@ -6572,7 +7170,8 @@ def queue_row(mail):
     return {'id': mail.id, 'size': mail.dot - 3 - mail.start, 'age': None,
             'sender': mail.frm, 'recipients': mail.to + list(mail.refused),
             'tries': mail.tries, 'parked': mail.parked,
-            'next': due or None, 'error': mail.problem}
+            'next': due or None, 'error': mail.problem,
+            'holds': mail.holds and not mail.parked}
 
 
 def arrival(id):

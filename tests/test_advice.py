@@ -1,9 +1,13 @@
 """What the program makes of replies, word for word as providers send them.
 Names, addresses and ids in them are neutral."""
+import poplib
 import re
+import smtplib
+import socket
 import unittest
 
 import smtpproxy
+import smtps
 
 GMAIL, RELAY, GOOGLE_MX = ('smtp.gmail.com', 'smtp-relay.gmail.com',
                            'gmail-smtp-in.l.google.com')
@@ -814,6 +818,71 @@ class Advice(unittest.TestCase):
 
         self.assertLessEqual(len(smtpproxy.flattened(reply)), 2000)
         self.assertEqual('', smtpproxy.advise(HOST, 'mail', reply).kind)
+
+
+class Failures(unittest.TestCase):
+    """Where a problem's text is made."""
+
+    def test_an_account_out_of_order_is_told_what_to_do(self):
+        for stage, error, kind, word in (
+                ('connect', socket.timeout('timed out'), '', 'port 25'),
+                ('connect', ConnectionRefusedError(111, 'Connection refused'),
+                 '', 'no mail server listens'),
+                ('connect', smtplib.SMTPConnectError(554, b'5.7.1 Client host '
+                 b'[192.0.2.1] blocked using pbl'), 'later', 'block list'),
+                ('hello', OSError('504 5.5.2 <vm>: need a full name'), '',
+                 'localhostname'),
+                ('pop', poplib.error_proto(b'-ERR [AUTH] no'), 'person',
+                 'popusername'),
+                ('mail', smtps.ServiceUnavailable('421 greylisted'), '',
+                 'this passes')):
+            with self.subTest(stage, error=error):
+                trouble = smtpproxy.unavailable(stage, error, HOST, 25)
+
+                self.assertEqual(kind, trouble.advice.kind)
+                self.assertRegex(str(trouble), '; advice: .*' + word)
+
+    def weighed(self, stage, code, text):
+        report = smtps.Report(['a@b'])
+        report.settle('a@b', code, text, stage)
+        trouble = smtpproxy.weigh(report, HOST)
+        return list(report.later), list(report.never), trouble
+
+    def test_each_recipient_is_where_the_advice_puts_it(self):
+        for stage, code, text, later, limit in (
+                ('rcpt', 550, '5.1.1 user unknown', False, False),
+                ('rcpt', 451, '4.3.0 whatever', True, False),
+                ('rcpt', 554, '5.7.1 Client host [1.2.3.4] blocked using x',
+                 True, False),
+                ('mail', 451, 'invalid return path: not owned by user', False,
+                 False),
+                ('data', 550, '5.4.5 Daily user sending limit exceeded', True,
+                 True),
+                ('rcpt', 550, '5.1.8 bad outbound sender', True, True),
+                ('', 550, '5.4.5 Daily user sending limit exceeded', False,
+                 False)):
+            with self.subTest(stage, text=text):
+                waits, refused, trouble = self.weighed(stage, code, text)
+
+                self.assertEqual(later, bool(waits))
+                self.assertEqual(not later, bool(refused))
+                self.assertEqual(limit, trouble is not None)
+
+    def test_a_refused_recipient_is_no_limit_of_ours(self):
+        for reply in RECIPIENT:
+            with self.subTest(reply):
+                code, text = re.match(r'(\d+)[- ](.*)', reply, re.S).groups()
+
+                self.assertIsNone(self.weighed('rcpt', int(code), text)[2])
+
+    def test_the_same_advice_stands_in_a_problem_once(self):
+        reply = '%s; advice: wait'
+
+        text = smtpproxy.problems({'a@b': reply % '451 x', 'c@d': '550 no',
+                                   'e@f': reply % '451 y'})
+
+        self.assertEqual('451 x for <a@b>; 550 no for <c@d>; 451 y for <e@f>;'
+                         ' advice: wait', text)
 
 
 class Table(unittest.TestCase):

@@ -105,8 +105,9 @@ class RelayCase(ProxyCase):
     def may_take(self, queue):
         with queue.changed:
             now = self.clock()
-            return getattr(queue, 'not_before', 0) <= now and any(
-                when <= now for when in queue.due.values())
+            return max(getattr(queue, 'not_before', 0), getattr(
+                queue, '_next_slot', 0)) <= now and any(
+                    when <= now for when in queue.due.values())
 
     def in_hand(self):
         return [id for queue in self.relay.queues
@@ -863,8 +864,9 @@ class Verdicts(RelayCase):
                 self.assertEqual(expected == 'parked', mail.parked)
                 self.assertEqual(([A], 1), (mail.to, mail.tries))
                 self.assertIn(reply, mail.problem)
-                self.assertLogged('ERROR' if mail.parked else 'WARNING', id,
-                                  reply)
+                self.assertLogged(
+                    'ERROR' if mail.parked or 'AUTH' in script else 'WARNING',
+                    id, reply)
                 self.clear()
 
     def test_each_recipient_has_a_verdict_of_its_own(self):
@@ -917,6 +919,120 @@ class Verdicts(RelayCase):
         line = self.assertLogged('sent to')
         self.assertIn('INFO %s: sent to <%s> by %s:%d: 250 2.0.0 taken' % (
             id, A, self.upstream.host, self.upstream.port), line)
+
+
+class Advised(RelayCase):
+    """What is known of a reply counts, not its first digit alone."""
+
+    LIMIT = ('554 5.7.0 The limit on the number of allowed outgoing messages '
+             'was exceeded. Try again later.')
+    CLOSED = '550 5.1.8 Access denied, bad outbound sender'
+
+    def limited(self, script, count=1, **config):
+        """The ids of so many mails; the first was tried."""
+        self.upstream.script = script
+        self.begin(dict({'sleeptime': 10}, **config))
+        with self.relay.queues.unrouted.changed:    # all of them at once
+            ids = [self.put() for _ in range(count)]
+        wait_until(lambda: any(
+            mail and mail.tries for mail in map(self.spool.load, ids))
+            and self.at_rest())
+        return ids
+
+    def test_a_refusal_that_passes_by_itself_is_tried_again(self):
+        self.upstream.script['RCPT'] = [
+            '554 5.7.1 Client host [203.0.113.9] blocked using zen.spamhaus'
+            '.org', None]
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        self.assertIn('block list', self.tried(id, 1).problem)
+
+        self.advance_until(lambda: self.upstream.mails, 1)
+
+        self.assertGone()
+
+    def test_one_that_never_passes_is_parked_at_once(self):
+        id, = self.limited({'MAIL': '451 4.1.0 invalid return path: not '
+                                    'owned by user'})
+
+        self.assertTrue(self.spool.load(id).parked)
+        self.assertLogged('ERROR', id, 'advice: ', 'forcefrom')
+
+    def test_the_advice_stands_in_log_and_queue_once(self):
+        self.begin()
+        self.upstream.script['RCPT'] = '550 5.1.1 user unknown'
+
+        id = self.put([A, B])
+
+        line = self.assertLogged('ERROR', id, 'for <%s>, <%s>; advice' % (
+            A, B))
+        self.assertEqual(1, line.count('correct it in the device'))
+        self.assertIn('; advice: ', self.spool.load(id).problem)
+
+    def test_a_limit_of_the_sender_defers_the_account_for_an_hour(self):
+        for stage in 'MAIL', 'RCPT', 'DATA', '.':
+            with self.subTest(stage):
+                before = len(self.verbs('MAIL'))
+                self.limited({stage: self.LIMIT}, 20)
+
+                self.advance(3000)
+                wait_until(self.at_rest)
+
+                self.assertLessEqual(       # of 20; one envelope went ahead
+                    len(self.verbs('MAIL')) - before, 2)
+                self.assertLogged('WARNING', 'next one in 3600 seconds')
+                self.upstream.script.clear()
+                self.advance_until(lambda: not self.spooled(), 300)
+                self.clear()
+
+    def test_who_has_the_mail_before_a_limit_does_not_get_it_again(self):
+        self.upstream.script['RCPT TO:<b@'] = [self.LIMIT, None]
+        self.begin({'sleeptime': 10})
+        self.tried(self.put([A, B]), 1)
+
+        self.advance_until(lambda: not self.spooled(), 600)
+
+        self.assertEqual([[A], [B]], [m.to for m in self.upstream.mails])
+
+    def test_what_needs_the_owner_is_an_error_once(self):
+        for script in ({'MAIL': self.CLOSED}, {'RCPT': self.CLOSED}, {
+                'EHLO': '550 5.7.1 Helo command rejected: need a name',
+                'HELO': '550 5.7.1 Helo command rejected: need a name'}):
+            with self.subTest(script):
+                ids = self.limited(script, 2)
+                connections = self.upstream.connections
+
+                self.advance_until(lambda: (
+                    self.upstream.connections > connections + 3), 1200)
+
+                self.assertEqual(1, self.log().count(' ERROR '))
+                self.assertNotLogged(' WARNING ')
+                self.assertEqual(2, len(self.spooled()), ids)
+                self.clear()
+                os.unlink(self.path('smtpproxy.log'))
+
+    def test_a_login_refused_is_not_tried_each_minute(self):
+        self.upstream.script['AUTH'] = '535 5.7.8 Error: authentication failed'
+        self.begin({'sleeptime': 10}, {SENDER: self.account(
+            smtpusername='me', smtppassword='pw')})
+        id = self.put()
+        self.assertIn('app password', self.tried(id, 1).problem)
+        before = self.upstream.connections
+
+        self.advance(3500)
+        wait_until(self.at_rest)
+
+        self.assertEqual(before, self.upstream.connections)
+
+    def test_deleteonerror_deletes_what_would_pass_by_itself(self):
+        self.upstream.script['RCPT'] = self.LIMIT
+        self.begin({'deleteonerror': 'true'})
+
+        ids = [self.put() for _ in range(2)]
+
+        self.assertGone()
+        for id in ids:
+            self.assertLogged('ERROR', id, 'deleted', 'smtprate')
 
 
 class MoreConnections(RelayCase):

@@ -327,6 +327,21 @@ class State(SpoolCase):
                 self.spool.save(self.mail)
 
         self.assertTrue(self.spool.may_be_parked(self.id))
+    def test_an_earlier_version_reads_all_that_it_knows(self):
+        """Else accepted recipients would come back after a downgrade."""
+        old = {'to', 'refused', 'tries', 'due', 'problem', 'handled',
+               'parked', 'seen'}
+        self.mail.to, self.mail.holds, self.mail.since = [B], True, 7.5
+        self.spool.save(self.mail)
+
+        with open(self.mail.path, 'rb') as file:
+            states = [set(json.loads(line)) for line in re.findall(
+                rb'NOOP state=(\{.*\}) crc32', file.read())]
+
+        self.assertEqual([{'to', 'seen'}, {'holds', 'since', 'seen'}], states)
+        self.assertLessEqual(states[0], old)
+        mail = self.spool.load(self.id)
+        self.assertEqual(([B], True, 7.5), (mail.to, mail.holds, mail.since))
 
     def test_when_the_disk_refuses_it_is_remembered(self):
         self.mail.to = [B]
