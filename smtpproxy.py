@@ -3334,12 +3334,14 @@ class SignInNeeded(AccountUnavailable):
 
 class TokenDenied(Exception):
     """The token server said no. error: its word for it; str(): for the
-    owner, without secrets."""
+    owner, without secrets, and with what to do if that is known of host."""
 
-    def __init__(self, error, words=''):
+    def __init__(self, error, words='', host=''):
         meaning = DENIALS.get(error, 'the provider refuses')
-        super().__init__('%s (%s)' % (meaning, ': '.join(
-            filter(None, (smtps.plain(error)[:80], smtps.plain(words))))))
+        said = ': '.join(filter(None, (
+            smtps.plain(error)[:80], smtps.plain(words))))
+        super().__init__(with_advice('%s (%s)' % (meaning, said), advise(
+            host, 'token', said)))
         self.error = error
 
 
@@ -3485,7 +3487,7 @@ def ask_token_server(account, url, form, wanted='access_token'):
         raise away
     if error and isinstance(error, str) and not 300 <= status < 400:
         raise TokenDenied(veiled(error, form), veiled(
-            first_line(answer.get('error_description')), form))
+            first_line(answer.get('error_description')), form), exchange.host)
     if 300 <= status < 400 or not is_token(answer.get(wanted)):
         raise TokenServerAway(
             'token server: %s answered %d, but nothing that we understand; '
@@ -4441,25 +4443,30 @@ TOKEN_MECHANISMS = {'xoauth2': auth_xoauth2, 'oauthbearer': auth_oauthbearer}
 class TokenRefused(AccountUnavailable):
     """The server does not take this token; perhaps it takes a new one."""
 
-    def __init__(self, text, token):
-        super().__init__(text)
+    def __init__(self, text, token, advice):
+        super().__init__(text, advice)
         self.token = token
 
 
 def token_advice(reply, account, command):
-    """What to do about a refused token. command: what signs in again."""
+    """The Advice on a refused token. command: what signs in again."""
     if 'smtpclientauthentication is disabled' in reply.lower():
-        return ('SMTP AUTH is switched off there, no other sign-in helps; the '
-                'administrator switches it on in Exchange Online PowerShell: '
-                'Set-CASMailbox -Identity %s -SmtpClientAuthenticationDisabled'
-                ' $false' % account.smtpusername)
-    if '5.7.139' in reply:
-        return ('a policy of the organization forbids this login, no other '
-                'sign-in helps; the administrator has to allow it for this '
-                'mailbox (Conditional Access, security defaults, a locked '
-                'account)')
-    return ('is %s the mailbox of whom signed in, and may the app send mail '
+        sentence = (
+            'SMTP AUTH is switched off there, no other sign-in helps; the '
+            'administrator switches it on in Exchange Online PowerShell: '
+            'Set-CASMailbox -Identity %s -SmtpClientAuthenticationDisabled '
+            '$false' % account.smtpusername)
+    elif '5.7.139' in reply:
+        sentence = (
+            'a policy of the organization forbids this login, no other '
+            'sign-in helps; the administrator has to allow it for this '
+            'mailbox (Conditional Access, security defaults, a locked '
+            'account)')
+    else:
+        sentence = (
+            'is %s the mailbox of whom signed in, and may the app send mail '
             'for it? to sign in again: %s' % (account.smtpusername, command))
+    return Advice(kind='person', sentence=sentence)
 
 
 class PopDialogue:
@@ -4854,13 +4861,15 @@ class SignIn:
             self._renewed = None
             return name
         reply = '%s: %d %s' % (name, code, self.redact(smtps.plain(text)))
-        why = 'login at %s as %s refused (%s)%s' % (
-            account.server, account.smtpusername, reply,
-            ': ' + token_advice(reply, account, self._grant().command)
-            if code == 535 else '')
-        if code == 535 and '5.7.139' not in reply and token != self._renewed:
-            raise TokenRefused(why, token)
-        raise AccountUnavailable(why)
+        why = 'login at %s as %s refused (%s)' % (
+            account.server, account.smtpusername, reply)
+        if code != 535:
+            raise AccountUnavailable(why, advise(
+                account.smtphost, 'login', '%d %s' % (code, text)))
+        advice = token_advice(reply, account, self._grant().command)
+        if '5.7.139' not in reply and token != self._renewed:
+            raise TokenRefused(why, token, advice)
+        raise AccountUnavailable(why, advice)
 
     def _by_password(self, delivery):
         """One mechanism after the other until one is taken."""
@@ -6063,7 +6072,7 @@ class FailurePolicy:
         """Why its account waits, in the mail that was tried and in the log.
         Where nobody was there, or a person is needed, no time is kept."""
         mail.problem, mail.handled, mail.due = destination.why, True, 0.0
-        mail.holds = True
+        mail.holds = wait != FOREVER        # else --queue has its own line
         others = '%d more mails wait for it' % len(destination.due)
         if wait == FOREVER:
             self._spool.save(mail)

@@ -1208,7 +1208,8 @@ ON_THE_WAY = [  # what the servers do, deleteonerror, state, requests,
     ({}, {'AUTH': ['535 5.7.3 no', None]}, False, 'signed in', 2, 'renewed',
      'sent'),
     ({}, {'AUTH': '535 5.7.3 no'}, False, 'signed in', 2,
-     'xoauth2: 535 5.7.3 no): is me@example.org the mailbox', 'waits'),
+     'xoauth2: 535 5.7.3 no); advice: is me@example.org the mailbox',
+     'waits'),
     ({}, {'AUTH': '535 5.7.3 no'}, True, 'signed in', 2, 'deleted',
      'deleted'),
     ({}, {'AUTH': '454 4.7.0 later'}, False, 'signed in', 1, '454', 'waits'),
@@ -1427,10 +1428,11 @@ class OnTheWay(WireCase):
 
     def test_new_tokens_refused_are_asked_for_once(self):
         self.upstream.script['AUTH'] = '535 5.7.3 no'
+        self.tokens.expires = DAYS * 86400
         self.begin()
         self.put_and_wait()
 
-        self.advance_until(lambda: len(self.verbs('AUTH')) > 4, 50)
+        self.advance_until(lambda: len(self.verbs('AUTH')) > 4, 600)
 
         self.assertEqual(2, len(self.tokens.requests))
 
