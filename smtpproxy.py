@@ -3390,13 +3390,14 @@ class Exchange:
     def __init__(self, account, url):
         from urllib.parse import urlsplit
         self.account, self.url = account, urlsplit(url)
-        self.host = self.url.hostname
+        self.host = self.via = self.url.hostname    # via: for messages
         self.end = time.monotonic() + TOKEN_TIME
         self.timer = self.twin = None   # cuts the connection, by this socket
 
     def post(self, form):
         """(status, headers, body). Raises OSError, HTTPException, and
         ImportError or LookupError for what the box lacks."""
+        from http.client import IncompleteRead
         from urllib.parse import urlencode
         target = (self.url.path or '/') + (
             self.url.query and '?' + self.url.query)
@@ -3408,8 +3409,11 @@ class Exchange:
                 'Accept': 'application/json', 'Connection': 'close',
                 'User-Agent': 'smtpproxy/' + VERSION})
             with connection.getresponse() as response:
-                return (response.status, response.headers,
-                        response.read(ANSWER_SIZE + 1))
+                try:
+                    body = response.read(ANSWER_SIZE + 1)
+                except IncompleteRead as cut:   # its text is what did come
+                    body = cut.partial
+                return response.status, response.headers, body
         finally:
             self._disarm()
             connection.close()
@@ -3424,6 +3428,7 @@ class Exchange:
         proxy = proxy_for(self.host)
         if proxy is None:
             return HTTPSConnection(self.host, port or 443, context=tls)
+        self.via = '%s by HTTPS_PROXY %s:%d' % (self.host, *proxy[:2])
         connection = HTTPSConnection(*proxy[:2], context=tls)
         connection.set_tunnel(self.host, port or 443, {
             'Proxy-Authorization': proxy[2]} if proxy[2] else {})
@@ -3459,7 +3464,11 @@ class Exchange:
                 error, 'verify_code', 62) in (62, 64):      # another's name
             return 'no TLS with %s: %s' % (self.host, getattr(
                 error, 'verify_message', '') or error.reason or error)
-        return explain(error, self.host)
+        if type(error).__module__ == 'http.client' and not isinstance(
+                error, OSError):
+            return '%s: its answer is no HTTP: %s' % (     # perhaps a token
+                self.via, smtps.plain(str(error))[:20])
+        return explain(error, self.via)
 
 
 def ask_token_server(account, url, form, wanted='access_token'):
@@ -3605,6 +3614,7 @@ class TokenFile:
 
     def __init__(self, folder, key):
         self.folder, self.key = folder, key
+        self.hold, self._held = False, None     # the lock, behind locked()
         name = '%s-%08x' % (re.sub(r'[^a-z0-9.@_+-]', '-', key[0])[:80],
                             zlib.crc32('\n'.join(key).encode()))
         self.path = os.path.join(folder, name + '.json')
@@ -3639,6 +3649,8 @@ class TokenFile:
         if any(type(value) is not Tokens.__annotations__[name]
                for name, value in tokens._asdict().items()):
             raise ValueError('it is damaged')
+        if not all(0 <= second < 1 << 36 for second in tokens[2:5]):
+            raise ValueError('it is damaged')
         return tokens
 
     def write(self, tokens):
@@ -3647,7 +3659,6 @@ class TokenFile:
         import json
         text = json.dumps({'for': self.key, 'tokens': tokens._asdict()},
                           indent=1)
-        make_folder(self.folder)
         self._remove(self.new)
         try:
             with open(os.open(self.new, os.O_WRONLY | os.O_CREAT | os.O_EXCL
@@ -3706,18 +3717,22 @@ class TokenFile:
     def locked(self):
         """Inside it no other process changes the file. Raises
         TokenServerAway if one holds the lock for too long."""
-        lock = self._take_lock()
+        lock, self._held = self._held, None
+        if lock is None:
+            lock = self._take_lock()
+        self.hold = False
         try:
             yield
         finally:
-            if lock is not None:
+            if self.hold:
+                self._held = lock
+            elif lock is not None:
                 os.close(lock)
 
     def _take_lock(self):
         import fcntl
         lock, end = None, time.monotonic() + LOCK_TIME
         try:
-            make_folder(self.folder)
             lock = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW,
                            0o600)
             while not self._got(fcntl, lock):
@@ -3727,6 +3742,8 @@ class TokenFile:
                         'another process renews the sign-in %s and does not '
                         'end' % self.path)
                 time.sleep(0.02)
+        except FileNotFoundError:       # nothing is there, or a disk is away
+            return None
         except OSError as error:
             if lock is not None:
                 os.close(lock)
@@ -3756,6 +3773,15 @@ class State(NamedTuple):
     text: str
 
 
+def why_denied(denied, account, age):
+    """A TokenDenied for the owner, with the trap that is known. age: seconds
+    since the sign-in."""
+    if account.oauth == 'google' and 6.5 <= age / DAY <= 7.5:
+        return ('%s; after seven days: is the app still in Testing? publish '
+                'it (In production)' % denied)
+    return str(denied)
+
+
 class Grant:
     """One sign-in: whoever needs a token for an account asks here. All
     accounts that agree in Account.grant share one.
@@ -3780,6 +3806,7 @@ class Grant:
         self._known = clock()       # since when _tokens are in memory
         self._until = None          # clock() when it ends, if we fetched it
         self._unsaved = False       # the disk has refused _tokens
+        self._again = False         # the owner has asked for another look
         self._dead = ''             # why a person is needed
         self._said = 0              # clock() when that was logged
         self._away = None           # the last TokenServerAway, came _away_at
@@ -3806,6 +3833,7 @@ class Grant:
         """The owner wants another try: of a dead sign-in as well."""
         self._dead = ''
         self._away_until = 0
+        self._again = True              # what could not be read is read again
 
     def state(self):
         """The State of it."""
@@ -3867,7 +3895,8 @@ class Grant:
                     with self.file.locked():
                         if not self._look():
                             self._save(self._tokens)
-                if self._is_idle() and not self._dead:
+                if self._is_idle() and not self._dead and (
+                        self.clock() >= self._away_until):
                     self._idle_at = self.clock() + IDLE_RETRY
                     self._renew(None, self.clock())
             except TokenServerAway as away:
@@ -3890,6 +3919,7 @@ class Grant:
     def store(self, answer):
         """Keeps what a person's sign-in brought. Raises OSError, then the old
         one is there as before, or TokenServerAway (the lock)."""
+        make_folder(self.file.folder)
         with self.renewing, self.file.locked():
             self._tokens = Tokens.of(answer, None, self.wall())
             self._mark = self.file.write(self._tokens)
@@ -3918,7 +3948,7 @@ class Grant:
             if not isinstance(error, FileNotFoundError):
                 problem = '%s cannot be read: %s' % (
                     self.file.folder, error.strerror)
-        if mark == self._mark:
+        if mark == self._mark and not (self._again and self._problem):
             return False
         had, self._tokens = self._tokens, None
         self._mark, self._problem = mark, problem
@@ -3933,6 +3963,7 @@ class Grant:
         self._until, self._unsaved, self._known = None, False, self.clock()
         self._away = None
         self.retry()
+        self._again = False
         return True
 
     def _is_good(self, refused, asked):
@@ -3979,6 +4010,9 @@ class Grant:
         tokens, account = self._tokens, self.account
         if account.oauthflow == 'app':
             form = app_form(account)
+            if not tokens:
+                with contextlib.suppress(OSError):
+                    make_folder(self.file.folder)
         elif tokens and tokens.refresh:
             form = client_form(
                 account, grant_type='refresh_token',
@@ -3996,7 +4030,8 @@ class Grant:
                 if not self._is_good(refused, asked):
                     self._fetch(refused, asked)
                 return
-            self._die(self._why(denied))
+            age = self.wall() - self._tokens.signed_in if self._tokens else 0
+            self._die(why_denied(denied, self.account, age))
         self._count_from_now(answer)
         self._save(Tokens.of(answer, tokens, self.wall()))
         log.info('sign-in of [%s]: renewed, good for %d seconds',
@@ -4022,19 +4057,13 @@ class Grant:
                           'program ends before that: %s', self.section,
                           self.file.path, error.strerror, self.command)
             self._unsaved = True
-
-    def _why(self, denied):
-        """A denial for the owner, with the trap that is known."""
-        age = self.wall() - self._tokens.signed_in if self._tokens else 0
-        if self.account.oauth == 'google' and 6.5 <= age / DAY <= 7.5:
-            return ('%s; after seven days: is the app still in Testing? '
-                    'publish it (In production)' % denied)
-        return str(denied)
+        self.file.hold = self._unsaved
 
     def _die(self, why):
         """No more requests until the file changes, or retry()."""
         self._dead = why
-        self.file.note(self._case(), why)
+        if not self._problem:           # that the commands see themselves
+            self.file.note(self._case(), why)
         self._log_dead()
         raise self._needed()
 
@@ -4164,7 +4193,7 @@ def sign_in_by_device(account, clock=time.monotonic, pause=time.sleep):
                           seconds_in(start.get('expires_in'), 900), clock)
     interval = wait = seconds_in(start.get('interval'), POLL_TIME) or POLL_TIME
     while countdown.left() > 0:
-        pause(wait)
+        pause(min(wait, max(0, countdown.left())))
         try:
             return ask_token_server(account, account.oauthtokenurl, form)
         except TokenServerAway as away:
@@ -4286,7 +4315,8 @@ class BrowserLogin:
             text = line.decode('utf-8', 'replace').strip(' \t\r\'"<>')
             if not text:
                 continue
-            query = text.partition('#')[0].rpartition('?')[2]
+            address = text.partition('#')[0]
+            query = address.partition('?')[2] or address
             code = self._code_of(query, query.startswith('code=')
                                  and '?' not in text)
             if code:
@@ -4865,7 +4895,8 @@ class SignIn:
             account.server, account.smtpusername, reply)
         if code != 535:
             raise AccountUnavailable(why, advise(
-                account.smtphost, 'login', '%d %s' % (code, text)))
+                account.smtphost, 'login', '%d %s' % (
+                    code, smtps.plain(text))))
         advice = token_advice(reply, account, self._grant().command)
         if '5.7.139' not in reply and token != self._renewed:
             raise TokenRefused(why, token, advice)
@@ -6246,7 +6277,8 @@ class DeliveryAgent:
             self._relay.queues.reroute(mail.id, self._destination)
         elif isinstance(error, SignInNeeded):
             self._await_sign_in(mail, error, settings)
-        elif settings.config.deleteonerror:
+        elif settings.config.deleteonerror and not isinstance(
+                error, TokenServerAway):
             report = smtps.Report(mail.to)
             report.give_up(str(error))
             self._settle(mail, report, settings)
@@ -7281,7 +7313,13 @@ def login(settings, options):
         account.oauthtokenurl, account.smtpusername))
     try:
         answer = FLOWS[account.oauthflow](account)
-        grant.store(answer)
+        try:
+            grant.store(answer)
+        except OSError as error:
+            say('signed in, but %s cannot be stored: %s; make room, then '
+                '--login again; what was stored before is as it was' % (
+                    grant.file.path, error.strerror))
+            return 1
     except (TokenServerAway, TokenDenied) as error:
         say('not signed in: %s; what was stored before is as it was' % error)
         return 1
@@ -8111,9 +8149,17 @@ def add(options):
     ini.append(addition)
     tell('%s has a new section: [%s]' % (ini.path, sender))
     code = 0
-    if 'oauth' in interview.keys:
-        options.login = sender
-        code = login(settings, options)
+    try:
+        if 'oauth' in interview.keys:
+            options.login = sender
+            code = login(settings, options)
+        elif settings.account_for(sender).oauth:
+            become_owner(settings.config)
+            code = 0 if trial(settings, settings.account_for(sender)) else 1
+    except (KeyboardInterrupt, OSError) as error:
+        say('not finished: %s; go on with --login %s' % (
+            getattr(error, 'strerror', None) or 'interrupted', sender))
+        code = 1
     for warning in settings.warnings:
         if warning not in now.warnings:
             tell('warning: ' + warning)
@@ -8147,9 +8193,10 @@ def require_trial(interview, settings, sender):
     NotAdded unless it works or the owner wants it all the same."""
     for problem in settings.missing:
         tell(problem)
-    if 'oauth' not in interview.keys and not trial(
-            settings, settings.account_for(sender)) and not interview.agrees(
-                'It does not work. Write it all the same?'):
+    account = settings.account_for(sender)
+    # A sign-in is not root's to use: see add().
+    if not account.oauth and not trial(settings, account) and (
+            not interview.agrees('It does not work. Write it all the same?')):
         raise NotAdded('it does not work: nothing was written')
 
 

@@ -1224,7 +1224,7 @@ ON_THE_WAY = [  # what the servers do, deleteonerror, state, requests,
     ({'refresh': 'invalid_grant'}, {}, True, 'needed', 1,
      '--login ' + SENDER, 'waits'),
     ({'refresh': 503}, {}, False, 'away', 1, 'has no time', 'waits'),
-    ({'refresh': 503}, {}, True, 'away', 1, 'has no time', 'deleted'),
+    ({'refresh': 503}, {}, True, 'away', 1, 'has no time', 'waits'),
     ({'refresh': http(429, b'', 'Retry-After: 900\r\n')}, {}, False, 'away',
      1, 'the next one in 900 seconds', 'waits'),
     ({'refresh': 200}, {}, False, 'away', 1, 'login page', 'waits')]
