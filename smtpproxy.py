@@ -1215,16 +1215,23 @@ ALERT = 'smtpproxy-alert'   # RFC 3461 ENVID of our own mails to the owner
 STORED = re.compile(r'<([^\x00-\x1f\x7f]*)>(?: [^\x00-\x1f\x7f]*)?\Z')
 DKIM = re.compile(rb'^dkim-signature[ \t]*:', re.IGNORECASE | re.MULTILINE)
 CACHED, CACHED_SIZE = 32, 16384     # mails kept in memory too; bytes of one
+MOST_HEAD = 8 << 20             # bytes of envelope and header
 PUSH = 4 << 20                  # bytes of a large mail between two pushes
 
 
 def read_head(file):
-    """The first bytes of a mail file, up to the end of its header or more."""
-    head, more = b'', True
-    while more and b'\r\n\r\n' not in head.partition(b'\r\nDATA\r\n')[2]:
+    """The first bytes of a mail file, up to the end of its header or more; of
+    one without such an end MOST_HEAD bytes."""
+    head, data, more = bytearray(), -1, True
+    while more and len(head) < MOST_HEAD:
+        seen = max(0, len(head) - 8)        # no byte is looked at twice
         more = file.read(smtps.CHUNK)
         head += more
-    return head
+        if data < 0:
+            data = head.find(b'\r\nDATA\r\n', seen)
+        if data >= 0 and head.find(b'\r\n\r\n', max(data + 6, seen)) >= 0:
+            break
+    return bytes(head)
 
 
 def read_tail(file, head):
@@ -1232,13 +1239,15 @@ def read_tail(file, head):
     ones. The file may grow meanwhile."""
     if END in head:
         return head, 0
-    size, length = os.fstat(file.fileno()).st_size, 4096
-    while True:
-        offset = file.seek(max(0, size - length))
-        tail = file.read()
-        if END in tail or not offset:
-            return tail, offset
-        length *= 8
+    end, step = os.fstat(file.fileno()).st_size, 4096
+    while end:
+        begin = file.seek(max(0, end - step))
+        at = file.read(end - begin + len(END) - 1).find(END)
+        if at >= 0:
+            file.seek(begin + at)
+            return file.read(), begin + at
+        end, step = begin, smtps.CHUNK
+    return b'', 0
 
 
 class Mail:
@@ -5070,11 +5079,12 @@ def may_be_folded(mail):
 class Courier:
     """Takes mails to one account's server, over one connection that it makes
     as the account asks for and keeps for the next mail. One thread uses it;
-    sign_in is shared with the account's other couriers. watch: callable(step,
-    found), told of each step there: those of smtps.unwatched, and 'POP login'
-    with the user, 'EHLO' with the
-    smtps.Delivery, 'login' with the name of the mechanism ('': none);
-    with oauth 'sign-in' with its State, 'refused' with a TokenRefused.
+    sign_in is shared with the account's other couriers.
+
+    watch: callable(step, found), told of each step there: those of
+    smtps.unwatched, and 'POP login' with the user, 'EHLO' with the
+    smtps.Delivery, 'login' with the name of the mechanism ('': none); with
+    oauth 'sign-in' with its State, 'refused' with a TokenRefused.
 
     upcoming: None, or the (Mail, Account) whose envelope is under way: it
     must be delivered next."""
@@ -5354,12 +5364,14 @@ class Alerts:
     def post(self, announce, at_a_stop=False):
         """Makes a mail of what was collected, if it is time. announce:
         callable(id, sender), told of it. Returns its id, or None."""
-        if not (self._lines and self.settings.config.alert) or not (
+        if not self.settings.config.alert or not (
                 at_a_stop or self._is_due()):
             return None
         with self._lock:
             lines, self._lines = self._lines, []
             left_out, self._left_out = self._left_out, 0
+        if not lines:                   # nothing, or the other thread has it
+            return None
         try:
             id = self._store(lines, left_out)
         except OSError as error:
@@ -5715,15 +5727,19 @@ class Destination(MailQueue):
 
     def retry(self, id=None):
         """A mail, or all that wait here, may be tried now, and the account
-        too, whatever it was deferred for."""
+        too, whatever it was deferred for. Returns whether the mail waits
+        here."""
         with self.changed:
-            for one in [id] if id else list(self.due):
+            waits = not id or id in self.due
+            for one in [id] if id else [
+                    one for one, when in self.due.items() if when]:
                 if one in self.due:
                     self._schedule(one, 0.0, first=bool(id))
             self.not_before, self.absent = 0.0, False
             self.sign_in.retry()
             self.start_threads()
             self.changed.notify_all()
+            return waits
 
     def start_threads(self):
         """As many delivery threads as what waits here is worth."""
@@ -5901,10 +5917,14 @@ class Queues:
     def destination(self, account):
         """The Destination of an Account; it is made if there is none."""
         found = self.destinations.get(account.connection)
-        return found or self.destinations.setdefault(
-            account.connection, Destination(
-                account.connection, self._clock, self._deliver,
-                self._grants, self._began))
+        if found is None:
+            found = self.destinations.setdefault(
+                account.connection, Destination(
+                    account.connection, self._clock, self._deliver,
+                    self._grants, self._began))
+            if self.unrouted.closed:        # a stop has begun
+                found.close()
+        return found
 
     # Moves of what this thread has in hand.
 
@@ -6172,18 +6192,19 @@ class DeliveryAgent:
         """The life of the thread."""
         goes_on = True
         while goes_on and self._destination.wait():
-            courier = Courier(self._destination.account,
-                              self._destination.sign_in,
-                              self._relay.settings.config)
             try:
-                goes_on = self._deliver_ready(courier)
+                courier = Courier(self._destination.account,
+                                  self._destination.sign_in,
+                                  self._relay.settings.config)
+                with contextlib.closing(courier):
+                    goes_on = self._deliver_ready(courier)
+                    courier.close(politely=True)
             except Exception:
                 log.exception('%s: an error in a delivery; the mail is tried '
                               'again later', self._server)
                 self._relay.queues.let_all_go(
                     self._destination, self._relay.policy.in_a_while(
                         self._relay.settings))
-            courier.close(politely=True)
 
     def _deliver_ready(self, courier):
         """Delivers over one connection what may be tried now, until nothing
@@ -6406,8 +6427,10 @@ class Requests:
     def _serve(self, id, what):
         """Whether it could be done: a mail that a thread has in hand, that
         is still being received, or that can't be read has to wait."""
+        if id in self._spool.drafts:        # first: once it is announced
+            return False                    # it is somewhere
         queue_ = self._queues.holder(id) or self._queues.unrouted
-        if id in self._spool.drafts or id in queue_.in_hand:
+        if id in queue_.in_hand:
             return False
         if what == 'delete':
             return self._discard(id, queue_)
@@ -6418,7 +6441,7 @@ class Requests:
                 self._relay.route(id)
             queue_ = self._queues.holder(id)
         if what == 'retry' and isinstance(queue_, Destination):
-            queue_.retry(id)
+            return queue_.retry(id)         # a thread may have just taken it
         return True
 
     def _discard(self, id, queue_):
@@ -6506,7 +6529,7 @@ class Relay:
             self._send_last_alert(min(ALERT_GRACE, grace / 4))
         self.queues.close()
         if self._thread.is_alive():         # it may never have started
-            self._thread.join(grace)
+            self._thread.join(max(0.0, end - time.monotonic()))
         left = self.queues.join(end - time.monotonic())
         self.grants.finish(end - time.monotonic())
         if left:
@@ -6529,17 +6552,19 @@ class Relay:
                 self._do_next()
             except Exception:
                 log.exception('relay: an error; it goes on with the next mail')
-                self.queues.let_all_go(
-                    self.queues.unrouted,
-                    self.policy.in_a_while(self.settings))
+                for queue_ in self.queues:      # a destination's, too
+                    self.queues.let_all_go(
+                        queue_, self.policy.in_a_while(self.settings))
 
     def _do_next(self):
-        next_round = self._last_round + self.settings.config.sleeptime
-        if self._clock() >= next_round:
+        unrouted = self.queues.unrouted
+        with unrouted.changed:  # wake() comes before this, or ends the wait
+            wait = (self._last_round + self.settings.config.sleeptime
+                    - self._clock())
+            id = unrouted.take(wait) if wait > 0 else None
+        if wait <= 0:
             self._make_round()
-            return
-        id = self.queues.unrouted.take(next_round - self._clock())
-        if id:
+        elif id:
             self.route(id)
 
     def _make_round(self):
@@ -6646,8 +6671,11 @@ class Relay:
                 self._spool.set_aside(id + '.mail', error)
         except Unreadable as error:
             self._spool.set_aside(id + '.mail', error)
-        except OSError as error:
-            self._note_unreadable(id, error)
+        except Exception as error:      # a MemoryError, too: never kept
+            if isinstance(error, OSError):
+                self._note_unreadable(id, error)
+            else:
+                log.exception('%s: an error of ours; tried again later', id)
             self.queues.let_go(id, queue_,
                                self.policy.in_a_while(self.settings))
             return None

@@ -1392,6 +1392,9 @@ QUIT_TIME = 5           # seconds for a goodbye that nothing depends on
 REPLY_SIZE = 65536      # bytes of a whole reply
 
 BODIES = '7BIT', '8BITMIME'     # RFC 6152; what we can say of a mail
+AHEAD = 50              # recipients of an envelope behind a final dot; more may
+                        # fill the send buffer, and a server that hangs up then
+                        # takes its 250 for the mail before with it
 TOO_MANY = 452, 552             # recipients, at RCPT
 NOT_ASKED = 503, 'not asked for'
 
@@ -1916,6 +1919,8 @@ class Delivery:
             return b''
         envelope = following()
         if envelope is None or self._refusal_of(envelope):
+            return b''
+        if len(envelope.recipients) > AHEAD:
             return b''
         packet, self._under_way = self._packet(envelope), envelope
         return packet
