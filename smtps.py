@@ -224,7 +224,9 @@ class Session:
         upper-case keyword -> str (see parse_parameters)."""
 
     def rcpt(self, recipient):
-        """RCPT TO, a bare address."""
+        """RCPT TO, a bare address that is new to this mail. A client may name
+        several at once: if one is refused, none of them is kept. What counts
+        is what data() gets."""
 
     def data(self, sender, recipients, parameters):
         """DATA may begin; returns the Message that receives it."""
@@ -372,6 +374,12 @@ ADDRESS = re.compile(r'''
 NEEDLESS = re.compile(r'''
     " ( (?: [^"\\\s@<>()\[\]:;,] | \\[^"\\\s@<>()\[\]:;,] )+ ) " (?=@)''',
                       re.VERBOSE)
+# Several of them in one path. Where not each is a whole local@domain it is
+# something else, such as the dial string of a fax gateway.
+WHOLE = r'(?: %s | [^\s"@<>;,]+ ) @ [^\s"@<>;,]+' % QUOTED
+EACH = re.compile(WHOLE, re.VERBOSE | re.DOTALL)
+SEVERAL = re.compile(r'\s* %s (?: \s*[;,]\s* %s )+ \s* \Z' % (WHOLE, WHOLE),
+                     re.VERBOSE | re.DOTALL)
 SURROGATE = re.compile('[\ud800-\udfff]')           # was not UTF-8
 SIZE = re.compile(r'[0-9]{0,20}\Z')
 # What of these parameters may be handed on: no server has to understand what
@@ -394,13 +402,34 @@ def parse_path(text, status):
 
     The address is made here, once: all that is asked, stored, logged and sent
     is this string, and parse_path('<%s>' % address) gives it again."""
+    path, words = split_path(text, status)
+    return parse_address(path, status), parse_parameters(words)
+
+
+def parse_recipients(text, status):
+    """['a@b', 'c@d'] of '<a@b; c@d>', ['a;b@c'] of '<a;b@c>'. Raises Refused,
+    also if only one of them is no address."""
+    path = text
+    if not SEVERAL.match(text):
+        path, words = split_path(text, status)
+        parse_parameters(words)
+    paths = EACH.findall(path) if SEVERAL.match(path) else [path]
+    return [parse_address(one, status) for one in paths]
+
+
+def split_path(text, status):
+    """('a@b', ['SIZE=1']) of 'Name <a@b> SIZE=1'. Raises Refused."""
     match = PATH.match(text.strip())
     if not match:
         raise Refused(501, status + ' give the address as <user@domain>')
-    address = match['bare'] or match['bracketed'].strip()
     # RFC 5321 appendix C: a route is ignored. Who looked up an account for
     # '@relay:boss@x' and sent as 'boss@x' would ask for nobody's password.
-    address = ROUTE.sub('', address)
+    path = ROUTE.sub('', match['bare'] or match['bracketed'].strip())
+    return path, match['parameters'].split()
+
+
+def parse_address(address, status):
+    """The one way to write this address. Raises Refused."""
     needless = NEEDLESS.match(address)
     if needless:
         address = needless[1].replace('\\', '') + address[needless.end():]
@@ -409,8 +438,7 @@ def parse_path(text, status):
     if not ADDRESS.match(address):
         raise Refused(501, status + ' an address is user@domain, with quotes '
                       'around all of user or nowhere')
-    words = match['parameters'].split()
-    return address, parse_parameters(words) if words else {}
+    return address
 
 
 def parse_parameters(words):
@@ -935,13 +963,16 @@ class Conversation(Authentication):
     def _do_RCPT(self, argument):
         if self._sender is None:
             raise Refused(503, '5.5.1 MAIL comes first')
-        recipient, _ = parse_path(after('TO', argument), '5.1.3')
-        if not recipient:
+        named = dict.fromkeys(
+            parse_recipients(after('TO', argument), '5.1.3'))
+        if '' in named:
             raise Refused(550, '5.1.3 a recipient needs an address')
-        if len(self._recipients) >= RECIPIENTS:
+        new = [one for one in named if one not in self._recipients]
+        if len(self._recipients) + len(new) > RECIPIENTS:
             raise Refused(452, '4.5.3 %d recipients a mail' % RECIPIENTS)
-        self._session.rcpt(recipient)
-        self._recipients.append(recipient)
+        for recipient in new:
+            self._session.rcpt(recipient)
+        self._recipients.extend(new)
         self._reply(250, '2.1.5 recipient ok')
 
     def _check_size(self, size):

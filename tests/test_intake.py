@@ -424,6 +424,18 @@ class Promise(ProxyCase):
                 self.upstream.commands.clear()
         self.assertEqual(set(), self.proxy.spool.drafts)
 
+    def test_several_addresses_in_one_field_of_a_device_get_the_mail(self):
+        """Issue 17: the provider got them as one address, and refused."""
+        self.start()
+        client = self.greeted()
+
+        client.command('MAIL FROM:<%s>' % SENDER)
+        for path in '%s; %s' % (A, B), B:
+            self.assertEqual(250, client.command('RCPT TO:<%s>' % path)[0])
+        client.data(b'Subject: x\r\n\r\nhello\r\n')
+
+        self.assertDelivered([A, B])
+
     def test_a_mail_that_is_broken_off_leaves_nothing(self):
         self.start()
         client = self.greeted()

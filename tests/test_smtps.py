@@ -346,6 +346,46 @@ class Dialects(ListenerCase):
                     'C: MAIL FROM:<a@x>\nS: 250\nC: %s\nS: 250 2.1.5\n'
                     'C: DATA\nS: 354\n%sM: a@x -> %s' % (line, END, to))
 
+    def test_several_addresses_in_one_path_are_as_many_recipients(self):
+        for path, to, source in (
+                ('<a@x.org;b@x.org>', 'a@x.org, b@x.org', 'ESPEasy#1692'),
+                ('<a@x,b@y>', 'a@x, b@y', 'dma#73'),
+                ('< a@x ; b@x ,\\tc@x >', 'a@x, b@x, c@x', 'blanks'),
+                ('a@x,b@x', 'a@x, b@x', 'no brackets'),
+                ('a@x; b@x', 'a@x, b@x', 'no brackets, a blank'),
+                ('<a@x;b@x> NOTIFY=NEVER', 'a@x, b@x', 'a parameter'),
+                ('<@r,@s:a@x;b@x>', 'a@x, b@x', 'behind a route'),
+                ('Us <a@x;b@x>', 'a@x, b@x', 'with a name'),
+                ('<"a;b"@x;"c d,e"@x>', '"a;b"@x, "c d,e"@x', 'in quotes'),
+                ('<"a"@x;b@x;b@x;a@x>', 'a@x, b@x', 'one named twice'),
+                ('<u@[192.168.1.5],b@x>', 'u@[192.168.1.5], b@x', 'literal'),
+                ('<+49,123;ext=4@fax>', '+49,123;ext=4@fax', 'a fax'),
+                ('<a@x;+49,1@fax>', 'a@x;+49,1@fax', 'a fax'),
+                ('<a,b@x>', 'a,b@x', 'one address'),
+                ('<a@x;>', 'a@x;', 'nothing behind it'),
+                ('<a@x;b>', 'a@x;b', 'no domain'),
+                ('<a@x,@r:b@x>', 'a@x,@r:b@x', 'a route inside')):
+            with self.subTest(path, source=source):
+                self.converse_in_all_ways(
+                    'C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:%s\nS: 250\n'
+                    'C: DATA\nS: 354\n%sM: a@x -> %s' % (path, END, to))
+
+    def test_one_address_refused_refuses_all_of_its_command(self):
+        def refuse(session, recipient):
+            if recipient.startswith('no'):
+                raise smtps.Refused(550, '5.1.1 unknown')
+        with mock.patch.object(Keeper, 'rcpt', refuse):
+            for path, code in (
+                    ('<c@x;no@x>', '550 5.1.1'), ('<no@x,c@x>', '550 5.1.1'),
+                    ('<c@x;"a\\x01"@x>', '501 5.1.3'),
+                    ('<c@x;\\xff@x>', '553 5.6.7'),
+                    ('<c@x; d>', '501 5.1.3'), ('<c@x;>;d@x', '501 5.1.3'),
+                    ('<c@x;d@x> XYZ=1', '555 5.5.4')):
+                with self.subTest(path):
+                    self.converse_in_all_ways(ENVELOPE + (
+                        'C: RCPT TO:%s\nS: %s\nC: DATA\nS: 354\n' % (
+                            path, code)) + END + TAKEN)
+
     def test_parameters_of_extensions_not_offered_are_ignored(self):
         for words, source in (
                 ('BODY=7BIT', 'RFC 6152'), ('BODY=8BITMIME', 'RFC 6152'),
@@ -577,8 +617,8 @@ class Sequences(ListenerCase):
              'C: BDAT 5 LAST\nS: 500\n' + MAIL, 'unknown commands'),
             ('C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\n'
              'C: RCPT TO:<c@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\n'
-             'C: DATA\nS: 354\n' + END + 'M: a@x -> b@x, c@x, b@x',
-             'several recipients')))
+             'C: DATA\nS: 354\n' + END + 'M: a@x -> b@x, c@x',
+             'several recipients; one named twice is one')))
 
     def test_a_client_may_leave_at_any_time(self):
         """Field notes 5.23: port scans and health checks are not noise."""
@@ -626,10 +666,14 @@ class Sequences(ListenerCase):
         for text in ('<' + ' ' * 2000, ' ' * 2000, '"' * 2001, '<' * 2000,
                      '<@' + ' ' * 1000 + '@:' * 500, '<"\\' * 700,
                      '<' + '"\\' * 1000, '<a> ' + 'SIZE=1 ' * 300,
-                     'x' * 2000 + '<', '<@' * 1000, '<a' + ' a' * 1000):
+                     'x' * 2000 + '<', '<@' * 1000, '<a' + ' a' * 1000,
+                     '<' + 'a@x;' * 500, 'a@x' + ' ' * 2000 + '"',
+                     'a@x; ' * 400 + '"', '"@x,' * 500, '<' + '"\\"@x;' * 330 + '>'):
             with self.subTest(text[:10]), contextlib.suppress(smtps.Refused):
                 begin = time.thread_time()
                 smtps.parse_path(text, '5.1.7')
+            with contextlib.suppress(smtps.Refused):
+                smtps.parse_recipients(text, '5.1.3')
             self.assertLess(time.thread_time() - begin, 0.02, text[:10])
 
 
@@ -759,9 +803,11 @@ class Limits(ListenerCase):
         with mock.patch.object(smtps, 'RECIPIENTS', 3):
             self.table(((
                 'C: MAIL FROM:<a@x>\nS: 250\n'
-                + 'C: RCPT TO:<b@x>\nS: 250\n' * 3
-                + 'C: RCPT TO:<c@x>\nS: 452 4.5.3\nC: DATA\nS: 354\n' + END
-                + 'M: a@x -> b@x, b@x, b@x', 'RFC 5321 4.5.3.1.10'),))
+                + ''.join('C: RCPT TO:<%s@x>\nS: %s\n' % row for row in (
+                    ('b', 250), ('c', 250), ('d@x,e', '452 4.5.3'),
+                    ('d', 250), ('e', '452 4.5.3'), ('b', 250)))
+                + 'C: DATA\nS: 354\n' + END
+                + 'M: a@x -> b@x, c@x, d@x', 'RFC 5321 4.5.3.1.10'),))
 
     def test_too_many_errors(self):
         self.converse('C: FOO\nS: 500\n' * (smtps.ERRORS + 1)
