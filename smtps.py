@@ -840,10 +840,13 @@ class Conversation(Authentication):
             self._call(self._session.closed)
 
     def _obey(self):
-        """One command and its reply."""
+        """One command and its reply. One empty line before it is ignored: the
+        client would take a 500 for the reply to its next command."""
         verb = None
         try:
             line = yield from self._read_line(COMMAND_LINE)
+            if not line:        # some send one behind a mail (ESPEasy#5121)
+                line = yield from self._read_line(COMMAND_LINE)
             verb, argument = self._parse_command(line)
             waiting = getattr(self, '_do_' + verb)(argument)
             if waiting is not None:

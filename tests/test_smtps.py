@@ -613,12 +613,22 @@ class Sequences(ListenerCase):
             ('C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<>\nS: 550 5.1.3\n',
              'nobody'),
             ('C: STARTTLS\nS: 502\n', 'not offered'),
-            ('C: FOO\nS: 500 5.5.2\nC: \nS: 500\nC: \\xff\\0\nS: 500\n'
+            ('C: FOO\nS: 500 5.5.2\nC: \\xff\\0\nS: 500\n'
              'C: BDAT 5 LAST\nS: 500\n' + MAIL, 'unknown commands'),
             ('C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\n'
              'C: RCPT TO:<c@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\n'
              'C: DATA\nS: 354\n' + END + 'M: a@x -> b@x, c@x',
              'several recipients; one named twice is one')))
+
+    def test_one_empty_line_between_commands_is_ignored(self):
+        """Its reply would be taken for that to the next command."""
+        self.table((
+            (HELLO + 'C: \n' + MAIL + 'C: \n' + MAIL + 'C: \n' + QUIT,
+             'behind the dot: ESPEasy#5121, mailsac#13, ghettoVCB#71'),
+            ('C: \\n\n' + HELLO + 'C: \\r\\r\\n\n' + MAIL, 'any line end'),
+            ('C: NOOP\nS: 250\nC: \nC: \nS: 500 5.5.2\n' + MAIL, 'two'),
+            ('C: NOOP\nS: 250\nC: \\x20\nS: 500 5.5.2\n' + MAIL, 'a blank'),
+            ('C: AUTH PLAIN\nS: 334\nC: \nS: 501\n' + MAIL, 'an answer')))
 
     def test_a_client_may_leave_at_any_time(self):
         """Field notes 5.23: port scans and health checks are not noise."""
