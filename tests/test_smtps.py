@@ -678,7 +678,8 @@ class Sequences(ListenerCase):
                      '<' + '"\\' * 1000, '<a> ' + 'SIZE=1 ' * 300,
                      'x' * 2000 + '<', '<@' * 1000, '<a' + ' a' * 1000,
                      '<' + 'a@x;' * 500, 'a@x' + ' ' * 2000 + '"',
-                     'a@x; ' * 400 + '"', '"@x,' * 500, '<' + '"\\"@x;' * 330 + '>'):
+                     'a@x; ' * 400 + '"', '"@x,' * 500,
+                     '<' + '"\\"@x;' * 330 + '>'):
             with self.subTest(text[:10]), contextlib.suppress(smtps.Refused):
                 begin = time.thread_time()
                 smtps.parse_path(text, '5.1.7')
