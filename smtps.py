@@ -130,6 +130,7 @@ AUTH_LINE = 12288       # bytes; RFC 4954 section 4
 RECIPIENTS = 1000       # a mail; RFC 5321 4.5.3.1.8 asks for 100 and more
 ERRORS = 20             # refused commands until a session is ended
 AUTH_PAUSE = 3.0        # seconds that a wrong password costs
+LF_SILENCE = 1.0        # seconds behind LF.LF that make it the end of a mail
 WORKERS = 32            # threads at most
 TURN = 64               # pieces of a large mail, then it is another's turn
 BACKLOG = 512           # a short one makes clients wait a second and more
@@ -224,7 +225,9 @@ class Session:
         upper-case keyword -> str (see parse_parameters)."""
 
     def rcpt(self, recipient):
-        """RCPT TO, a bare address."""
+        """RCPT TO, a bare address that is new to this mail. A client may name
+        several at once: if one is refused, none of them is kept. What counts
+        is what data() gets."""
 
     def data(self, sender, recipients, parameters):
         """DATA may begin; returns the Message that receives it."""
@@ -276,20 +279,33 @@ class DataReader:
     find it in a mail of ours (SMTP smuggling, CVE-2023-51764). No client
     doubles a dot behind a bare CR, which is no line end for it: we do.
 
+    There are devices that never send a CR. Only for them LF.LF is an end, too,
+    and only if nothing or QUIT is behind it: may_be_over() says that it is
+    so until now, end() that it stays so. No mail server sends so, and what
+    is smuggled in a mail has bytes behind it.
+
+    lf_only: bool, the client has sent no CR yet, neither before DATA (the
+    argument) nor in it; false_end: bool, there was a line of a single dot
+    that is not the end.
     size: int, bytes seen of the mail; amount: those that take() would return
     now; rest: None, or the bytes behind the mail."""
 
     END = b'\r\n.\r\n'
     LINE_END = re.compile(rb'\r{0,2}\n|\r')
-    DATA_LINE_END = re.compile(rb'\r{0,2}\n|\r(\.?)')
+    # QUIT may come in pieces; at most LF_TAIL bytes.
+    _LF_END = re.compile(rb'\n\.\n(?:(?P<over>(?:QUIT\n?)?)|QUI?|Q)\Z',
+                         re.IGNORECASE)
+    _LF_TAIL = 8
+    _DATA_LINE_END = re.compile(rb'\r{0,2}\n|\r(\.?)')
     # There are servers that drop NUL before they look. More than 199 of them
     # at the start of a line are cut, so that a line of nothing but NUL and a
     # dot is never so long that it is let go in pieces.
-    NULS = re.compile(rb'([\r\n]\0{0,199})\0*(\.?\0{0,199})\0*')
-    LONE_DOT = re.compile(rb'\r\n(?=\0*\.\0*(?:\r\n|\Z))')
-    OPEN_END = re.compile(rb'(?:\r{1,2}\0*(?:\.[\0\r]*)?)?\Z')
+    _NULS = re.compile(rb'([\r\n]\0{0,199})\0*(\.?\0{0,199})\0*')
+    _LONE_DOT = re.compile(rb'\r\n(?=\0*\.\0*(?:\r\n|\Z))')
+    _OPEN_END = re.compile(rb'(?:\r{1,2}\0*(?:\.[\0\r]*)?)?\Z')
 
-    def __init__(self):
+    def __init__(self, lf_only=False):
+        self.lf_only, self.false_end = lf_only, False
         # The line end of DATA itself counts: an empty mail is '.' CRLF. So
         # a piece always begins with a line end, which is left out once.
         self._held, self._leave_out = b'\r\n', 2
@@ -298,9 +314,24 @@ class DataReader:
 
     def feed(self, data):
         """Takes bytes until rest is not None."""
-        data = self._held + data
+        if b'\r' in data:
+            self.lf_only = False
+        self._take_in(self._held + data)
+
+    def may_be_over(self):
+        """Is the mail over if nothing more comes?"""
+        match = self._LF_END.search(self._held) if self.lf_only else None
+        return match is not None and match['over'] is not None
+
+    def end(self):
+        """Nothing more came: it is over."""
+        behind, self._held = self._held.partition(b'\n.\n')[2], b''
+        self._take_in(self.END + behind)
+
+    def _take_in(self, data):
+        """data: what was held and what is new."""
         if b'\0' in data:
-            data = self.NULS.sub(rb'\1\2', data)
+            data = self._NULS.sub(rb'\1\2', data)
         # Large mails are base64, which knows no dot: one byte is found faster.
         cut = data.find(self.END) if b'.' in data else -1
         if cut < 0:
@@ -328,8 +359,12 @@ class DataReader:
         before it; of a very long line only what may become a lone dot."""
         cut = data.rfind(b'\n')
         if cut < 0 or len(data) - cut > LONG_LINE:
-            return self.OPEN_END.search(
+            return self._OPEN_END.search(
                 data, max(0, len(data) - LONG_LINE)).start()
+        if self.lf_only:
+            tail = max(0, len(data) - self._LF_TAIL)
+            end = self._LF_END.search(data, tail)
+            cut = end.start() if end else cut
         earliest = max(cut - 2, 0)
         while cut > earliest and data[cut - 1:cut] == b'\r':
             cut -= 1
@@ -343,8 +378,10 @@ class DataReader:
         if (look.newlines in (None, '\r\n')
                 and b'\0' not in piece and not piece.endswith(b'\n.')):
             return piece
-        return self.LONE_DOT.sub(
-            b'\r\n.', self.DATA_LINE_END.sub(rb'\r\n\1\1', piece))
+        piece, found = self._LONE_DOT.subn(
+            b'\r\n.', self._DATA_LINE_END.sub(rb'\r\n\1\1', piece))
+        self.false_end = self.false_end or found > 0
+        return piece
 
 
 # --- Wire: addresses, headers and bytes, for both ends ----------------------
@@ -372,6 +409,12 @@ ADDRESS = re.compile(r'''
 NEEDLESS = re.compile(r'''
     " ( (?: [^"\\\s@<>()\[\]:;,] | \\[^"\\\s@<>()\[\]:;,] )+ ) " (?=@)''',
                       re.VERBOSE)
+# Several of them in one path. Where not each is a whole local@domain it is
+# something else, such as the dial string of a fax gateway.
+WHOLE = r'(?: %s | [^\s"@<>;,]+ ) @ [^\s"@<>;,]+' % QUOTED
+EACH = re.compile(WHOLE, re.VERBOSE | re.DOTALL)
+SEVERAL = re.compile(r'\s* %s (?: \s*[;,]\s* %s )+ \s* \Z' % (WHOLE, WHOLE),
+                     re.VERBOSE | re.DOTALL)
 SURROGATE = re.compile('[\ud800-\udfff]')           # was not UTF-8
 SIZE = re.compile(r'[0-9]{0,20}\Z')
 # What of these parameters may be handed on: no server has to understand what
@@ -394,13 +437,34 @@ def parse_path(text, status):
 
     The address is made here, once: all that is asked, stored, logged and sent
     is this string, and parse_path('<%s>' % address) gives it again."""
+    path, words = split_path(text, status)
+    return parse_address(path, status), parse_parameters(words)
+
+
+def parse_recipients(text, status):
+    """['a@b', 'c@d'] of '<a@b; c@d>', ['a;b@c'] of '<a;b@c>'. Raises Refused,
+    also if only one of them is no address."""
+    path = text
+    if not SEVERAL.match(text):
+        path, words = split_path(text, status)
+        parse_parameters(words)
+    paths = EACH.findall(path) if SEVERAL.match(path) else [path]
+    return [parse_address(one, status) for one in paths]
+
+
+def split_path(text, status):
+    """('a@b', ['SIZE=1']) of 'Name <a@b> SIZE=1'. Raises Refused."""
     match = PATH.match(text.strip())
     if not match:
         raise Refused(501, status + ' give the address as <user@domain>')
-    address = match['bare'] or match['bracketed'].strip()
     # RFC 5321 appendix C: a route is ignored. Who looked up an account for
     # '@relay:boss@x' and sent as 'boss@x' would ask for nobody's password.
-    address = ROUTE.sub('', address)
+    path = ROUTE.sub('', match['bare'] or match['bracketed'].strip())
+    return path, match['parameters'].split()
+
+
+def parse_address(address, status):
+    """The one way to write this address. Raises Refused."""
     needless = NEEDLESS.match(address)
     if needless:
         address = needless[1].replace('\\', '') + address[needless.end():]
@@ -409,8 +473,7 @@ def parse_path(text, status):
     if not ADDRESS.match(address):
         raise Refused(501, status + ' an address is user@domain, with quotes '
                       'around all of user or nowhere')
-    words = match['parameters'].split()
-    return address, parse_parameters(words) if words else {}
+    return address
 
 
 def parse_parameters(words):
@@ -571,6 +634,7 @@ class Connection:
         self.watched, self.away = 0, False
         self._steps = self._converse()
         self._input, self._replies = b'', []
+        self._lf_only = True            # no CR has come so far
         self._blocked = None
 
     def resume(self, thrown=None):
@@ -607,6 +671,8 @@ class Connection:
                 self._input, too_long = b'', True
             self._input += yield from self._receive()
         line, _, self._input = self._input.partition(b'\n')
+        if too_long or b'\r' in line:
+            self._lf_only = False
         if too_long or len(line) > limit:
             raise Refused(500, '5.5.2 more than %d bytes in a line' % limit)
         return line.rstrip(b'\r').decode('utf-8', 'surrogateescape')
@@ -615,6 +681,24 @@ class Connection:
         """The next bytes from the client, which gets its replies first."""
         if self._replies:
             yield from self._flush()
+        data = yield from self._wait_for_bytes()
+        if not data:
+            raise Disconnected('closed the connection')
+        return data
+
+    def _receive_within(self, seconds):
+        """The next bytes, but b'' or None if none come so soon, or ever."""
+        yield from self._flush()
+        usual, self.patience = self.patience, seconds
+        try:
+            return (yield from self._wait_for_bytes())
+        except IdleTimeout:             # of a loop that may have been busy
+            return self._receive_now()
+        finally:
+            self.patience = usual
+
+    def _wait_for_bytes(self):
+        """The next bytes, b'' if there will be none."""
         if not (self._want_read and self.sock.pending()):
             yield READ
         data = self._receive_now()
@@ -624,11 +708,9 @@ class Connection:
         return data
 
     def _receive_now(self):
-        """What is there of the next bytes, None if that is nothing."""
-        data = self._attempt(READ, self.sock.recv, CHUNK)
-        if data == b'':
-            raise Disconnected('closed the connection')
-        return data
+        """What is there of the next bytes, None if that is nothing yet, b''
+        if there will be none."""
+        return self._attempt(READ, self.sock.recv, CHUNK)
 
     def _attempt(self, usual, call, *arguments):
         """What a socket method returns. None if it has to wait: _blocked says
@@ -706,6 +788,8 @@ class Connection:
 VERBS = ('HELO', 'EHLO', 'MAIL', 'RCPT', 'DATA', 'RSET', 'NOOP', 'VRFY',
          'EXPN', 'HELP', 'AUTH', 'STARTTLS', 'QUIT')
 WEB = ('GET', 'POST', 'HEAD', 'PUT', 'OPTIONS', 'CONNECT')
+MAIL_ENDS = ('a mail ends with CRLF.CRLF, or with LF.LF and nothing behind it '
+             'if the client sends no CR at all')
 
 
 def parse_plain(answer):
@@ -812,10 +896,13 @@ class Conversation(Authentication):
             self._call(self._session.closed)
 
     def _obey(self):
-        """One command and its reply."""
+        """One command and its reply. One empty line before it is ignored: the
+        client would take a 500 for the reply to its next command."""
         verb = None
         try:
             line = yield from self._read_line(COMMAND_LINE)
+            if not line:        # some send one behind a mail (ESPEasy#5121)
+                line = yield from self._read_line(COMMAND_LINE)
             verb, argument = self._parse_command(line)
             waiting = getattr(self, '_do_' + verb)(argument)
             if waiting is not None:
@@ -918,6 +1005,7 @@ class Conversation(Authentication):
         self._input = b''
         self._forget()
         self.client.hello = self.client.user = None
+        self._lf_only = True
         yield from self._secure(self._limits.tls)
 
     # A mail.
@@ -935,13 +1023,16 @@ class Conversation(Authentication):
     def _do_RCPT(self, argument):
         if self._sender is None:
             raise Refused(503, '5.5.1 MAIL comes first')
-        recipient, _ = parse_path(after('TO', argument), '5.1.3')
-        if not recipient:
+        named = dict.fromkeys(
+            parse_recipients(after('TO', argument), '5.1.3'))
+        if '' in named:
             raise Refused(550, '5.1.3 a recipient needs an address')
-        if len(self._recipients) >= RECIPIENTS:
+        new = [one for one in named if one not in self._recipients]
+        if len(self._recipients) + len(new) > RECIPIENTS:
             raise Refused(452, '4.5.3 %d recipients a mail' % RECIPIENTS)
-        self._session.rcpt(recipient)
-        self._recipients.append(recipient)
+        for recipient in new:
+            self._session.rcpt(recipient)
+        self._recipients.extend(new)
         self._reply(250, '2.1.5 recipient ok')
 
     def _check_size(self, size):
@@ -964,7 +1055,7 @@ class Conversation(Authentication):
         message = self._session.data(
             self._sender, self._recipients, self._parameters)
         self._reply(354, 'end with <CRLF>.<CRLF>')
-        reader = DataReader()
+        reader = DataReader(self._lf_only)
         try:
             text = yield from self._take_mail(message, reader)
         except BaseException as error:
@@ -972,6 +1063,7 @@ class Conversation(Authentication):
             raise
         finally:
             self._input = reader.rest or b''
+            self._lf_only = reader.lf_only
             self._forget()
         self._errors = 0
         self._reply(250, str(text or '2.0.0 accepted'))
@@ -979,17 +1071,17 @@ class Conversation(Authentication):
     def _take_mail(self, message, reader):
         """The bytes of a mail into message; returns the text of the 250."""
         if self._input:
-            reader.feed(self._input)
+            self._feed(reader, self._input)
         last_steps = COMMIT
         while reader.rest is None:
             if reader.amount < CHUNK:
-                reader.feed((yield from self._receive()))
+                yield from self._receive_mail(reader)
                 continue
             last_steps = OFFLOAD        # no small mail waits for its sync
             yield OFFLOAD
             self._write_large(message, reader)
             if reader.rest is None:
-                reader.feed((yield from self._receive()))
+                yield from self._receive_mail(reader)
         self._check_size(reader.size)
         yield last_steps
         message.write(reader.take())
@@ -998,6 +1090,26 @@ class Conversation(Authentication):
         text = message.commit()
         yield RESUME
         return text
+
+    def _receive_mail(self, reader):
+        """What comes next of a mail, or the silence that ends it."""
+        if not reader.may_be_over():
+            self._feed(reader, (yield from self._receive()))
+            return
+        data = yield from self._receive_within(LF_SILENCE)
+        if data:
+            self._feed(reader, data)
+        else:
+            reader.end()
+
+    def _feed(self, reader, data):
+        """data into reader; a dot that does not end the mail is a warning."""
+        known = reader.false_end
+        reader.feed(data)
+        if reader.false_end and not known:
+            log.warning('%s: in the mail from <%s> is a line of a single dot '
+                        'that is not its end: %s', self.client, self._sender,
+                        MAIL_ENDS)
 
     def _write_large(self, message, reader):
         """By a worker: writes what is there, and on while more is there at
@@ -1009,7 +1121,7 @@ class Conversation(Authentication):
             while reader.amount < CHUNK:
                 data = None if self._server.stopping else self._receive_now()
                 if data:
-                    reader.feed(data)
+                    self._feed(reader, data)
                 if not data or reader.rest is not None:
                     return
 
@@ -1023,12 +1135,15 @@ class Conversation(Authentication):
         self._call(message.abort)
         yield RESUME
         if isinstance(error, (Closing, Disconnected)):
+            why = ('its line of a single dot is not an end'
+                   if reader.false_end else 'the dot at its end is missing')
             log.warning('%s: the mail from <%s> was never completed, nothing '
-                        'of it is kept: %s', self.client, self._sender, error)
+                        'of it is kept: %s; %s: %s', self.client, self._sender,
+                        error, why, MAIL_ENDS)
             return
         while reader.rest is None:
             reader.take()
-            reader.feed((yield from self._receive()))
+            yield from self._receive_mail(reader)
 
 
 # --- Server: sockets and threads --------------------------------------------

@@ -4,6 +4,7 @@ import errno
 import hmac
 import os
 import re
+import socket
 import threading
 import unittest
 from unittest import mock
@@ -423,6 +424,32 @@ class Promise(ProxyCase):
                     r'MAIL FROM:<%s>%s SIZE=\d+\n' % (SENDER, on)))
                 self.upstream.commands.clear()
         self.assertEqual(set(), self.proxy.spool.drafts)
+
+    def test_several_addresses_in_one_field_of_a_device_get_the_mail(self):
+        """Issue 17: the provider got them as one address, and refused."""
+        self.start()
+        client = self.greeted()
+
+        client.command('MAIL FROM:<%s>' % SENDER)
+        for path in '%s; %s' % (A, B), B:
+            self.assertEqual(250, client.command('RCPT TO:<%s>' % path)[0])
+        client.data(b'Subject: x\r\n\r\nhello\r\n')
+
+        self.assertDelivered([A, B])
+
+    def test_a_device_without_any_cr_hands_in_its_mail(self):
+        """Issue 17: `printf ... | nc`."""
+        self.start()
+        client = self.client()
+
+        client.send(b'HELO nas\nMAIL FROM:<%s>\nRCPT TO:<%s>\nDATA\n'
+                    b'Subject: disk\n\nbad\n.\nQUIT\n' % (
+                        SENDER.encode(), A.encode()))
+        client.socket.shutdown(socket.SHUT_WR)
+
+        self.assertIn(b'accepted as', client.read_until_closed())
+        self.assertTrue(self.assertDelivered([A]).data.endswith(
+            b'Subject: disk\r\n\r\nbad\r\n'))
 
     def test_a_mail_that_is_broken_off_leaves_nothing(self):
         self.start()

@@ -346,6 +346,46 @@ class Dialects(ListenerCase):
                     'C: MAIL FROM:<a@x>\nS: 250\nC: %s\nS: 250 2.1.5\n'
                     'C: DATA\nS: 354\n%sM: a@x -> %s' % (line, END, to))
 
+    def test_several_addresses_in_one_path_are_as_many_recipients(self):
+        for path, to, source in (
+                ('<a@x.org;b@x.org>', 'a@x.org, b@x.org', 'ESPEasy#1692'),
+                ('<a@x,b@y>', 'a@x, b@y', 'dma#73'),
+                ('< a@x ; b@x ,\\tc@x >', 'a@x, b@x, c@x', 'blanks'),
+                ('a@x,b@x', 'a@x, b@x', 'no brackets'),
+                ('a@x; b@x', 'a@x, b@x', 'no brackets, a blank'),
+                ('<a@x;b@x> NOTIFY=NEVER', 'a@x, b@x', 'a parameter'),
+                ('<@r,@s:a@x;b@x>', 'a@x, b@x', 'behind a route'),
+                ('Us <a@x;b@x>', 'a@x, b@x', 'with a name'),
+                ('<"a;b"@x;"c d,e"@x>', '"a;b"@x, "c d,e"@x', 'in quotes'),
+                ('<"a"@x;b@x;b@x;a@x>', 'a@x, b@x', 'one named twice'),
+                ('<u@[192.168.1.5],b@x>', 'u@[192.168.1.5], b@x', 'literal'),
+                ('<+49,123;ext=4@fax>', '+49,123;ext=4@fax', 'a fax'),
+                ('<a@x;+49,1@fax>', 'a@x;+49,1@fax', 'a fax'),
+                ('<a,b@x>', 'a,b@x', 'one address'),
+                ('<a@x;>', 'a@x;', 'nothing behind it'),
+                ('<a@x;b>', 'a@x;b', 'no domain'),
+                ('<a@x,@r:b@x>', 'a@x,@r:b@x', 'a route inside')):
+            with self.subTest(path, source=source):
+                self.converse_in_all_ways(
+                    'C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:%s\nS: 250\n'
+                    'C: DATA\nS: 354\n%sM: a@x -> %s' % (path, END, to))
+
+    def test_one_address_refused_refuses_all_of_its_command(self):
+        def refuse(session, recipient):
+            if recipient.startswith('no'):
+                raise smtps.Refused(550, '5.1.1 unknown')
+        with mock.patch.object(Keeper, 'rcpt', refuse):
+            for path, code in (
+                    ('<c@x;no@x>', '550 5.1.1'), ('<no@x,c@x>', '550 5.1.1'),
+                    ('<c@x;"a\\x01"@x>', '501 5.1.3'),
+                    ('<c@x;\\xff@x>', '553 5.6.7'),
+                    ('<c@x; d>', '501 5.1.3'), ('<c@x;>;d@x', '501 5.1.3'),
+                    ('<c@x;d@x> XYZ=1', '555 5.5.4')):
+                with self.subTest(path):
+                    self.converse_in_all_ways(ENVELOPE + (
+                        'C: RCPT TO:%s\nS: %s\nC: DATA\nS: 354\n' % (
+                            path, code)) + END + TAKEN)
+
     def test_parameters_of_extensions_not_offered_are_ignored(self):
         for words, source in (
                 ('BODY=7BIT', 'RFC 6152'), ('BODY=8BITMIME', 'RFC 6152'),
@@ -573,12 +613,22 @@ class Sequences(ListenerCase):
             ('C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<>\nS: 550 5.1.3\n',
              'nobody'),
             ('C: STARTTLS\nS: 502\n', 'not offered'),
-            ('C: FOO\nS: 500 5.5.2\nC: \nS: 500\nC: \\xff\\0\nS: 500\n'
+            ('C: FOO\nS: 500 5.5.2\nC: \\xff\\0\nS: 500\n'
              'C: BDAT 5 LAST\nS: 500\n' + MAIL, 'unknown commands'),
             ('C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\n'
              'C: RCPT TO:<c@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\n'
-             'C: DATA\nS: 354\n' + END + 'M: a@x -> b@x, c@x, b@x',
-             'several recipients')))
+             'C: DATA\nS: 354\n' + END + 'M: a@x -> b@x, c@x',
+             'several recipients; one named twice is one')))
+
+    def test_one_empty_line_between_commands_is_ignored(self):
+        """Its reply would be taken for that to the next command."""
+        self.table((
+            (HELLO + 'C: \n' + MAIL + 'C: \n' + MAIL + 'C: \n' + QUIT,
+             'behind the dot: ESPEasy#5121, mailsac#13, ghettoVCB#71'),
+            ('C: \\n\n' + HELLO + 'C: \\r\\r\\n\n' + MAIL, 'any line end'),
+            ('C: NOOP\nS: 250\nC: \nC: \nS: 500 5.5.2\n' + MAIL, 'two'),
+            ('C: NOOP\nS: 250\nC: \\x20\nS: 500 5.5.2\n' + MAIL, 'a blank'),
+            ('C: AUTH PLAIN\nS: 334\nC: \nS: 501\n' + MAIL, 'an answer')))
 
     def test_a_client_may_leave_at_any_time(self):
         """Field notes 5.23: port scans and health checks are not noise."""
@@ -626,10 +676,15 @@ class Sequences(ListenerCase):
         for text in ('<' + ' ' * 2000, ' ' * 2000, '"' * 2001, '<' * 2000,
                      '<@' + ' ' * 1000 + '@:' * 500, '<"\\' * 700,
                      '<' + '"\\' * 1000, '<a> ' + 'SIZE=1 ' * 300,
-                     'x' * 2000 + '<', '<@' * 1000, '<a' + ' a' * 1000):
+                     'x' * 2000 + '<', '<@' * 1000, '<a' + ' a' * 1000,
+                     '<' + 'a@x;' * 500, 'a@x' + ' ' * 2000 + '"',
+                     'a@x; ' * 400 + '"', '"@x,' * 500,
+                     '<' + '"\\"@x;' * 330 + '>'):
             with self.subTest(text[:10]), contextlib.suppress(smtps.Refused):
                 begin = time.thread_time()
                 smtps.parse_path(text, '5.1.7')
+            with contextlib.suppress(smtps.Refused):
+                smtps.parse_recipients(text, '5.1.3')
             self.assertLess(time.thread_time() - begin, 0.02, text[:10])
 
 
@@ -759,9 +814,11 @@ class Limits(ListenerCase):
         with mock.patch.object(smtps, 'RECIPIENTS', 3):
             self.table(((
                 'C: MAIL FROM:<a@x>\nS: 250\n'
-                + 'C: RCPT TO:<b@x>\nS: 250\n' * 3
-                + 'C: RCPT TO:<c@x>\nS: 452 4.5.3\nC: DATA\nS: 354\n' + END
-                + 'M: a@x -> b@x, b@x, b@x', 'RFC 5321 4.5.3.1.10'),))
+                + ''.join('C: RCPT TO:<%s@x>\nS: %s\n' % row for row in (
+                    ('b', 250), ('c', 250), ('d@x,e', '452 4.5.3'),
+                    ('d', 250), ('e', '452 4.5.3'), ('b', 250)))
+                + 'C: DATA\nS: 354\n' + END
+                + 'M: a@x -> b@x, c@x, d@x', 'RFC 5321 4.5.3.1.10'),))
 
     def test_too_many_errors(self):
         self.converse('C: FOO\nS: 500\n' * (smtps.ERRORS + 1)
@@ -1444,7 +1501,10 @@ FALSE_ENDS = (
     b'\n\r.\n\r', b'\r\n\r.\r', b'\n.\r\r\n', b'\r\n.\0\r\n',
     b'\r\n\0.\r\n', b'\0\r\n\0.\0\r\n', b'\r\0\n.\r\0\n', b'\r\n.\r\0\n',
     b'\n\0.\n', b'\r\n..\n.\n', b'\r\n.\x0b\n', b'\r\n. \r\n',
-    b'\xc2\x85.\xc2\x85', b'\n.\n.\n.\n', b'\r\n.\n.\r', b'\r.\r.\r.\r')
+    b'\xc2\x85.\xc2\x85', b'\n.\n.\n.\n', b'\r\n.\n.\r', b'\r.\r.\r.\r',
+    b'\n.\nQUIT\n', b'\n.\nquit\nQUIT\n', b'\n.\nQUIT\r\n', b'\n.\nQU\n.\n',
+    b'\n.\n\n', b'\n.\n\r\n', b'\n.\nQUIT \n', b'\n.\n.\nQUIT\n',
+    b'\n\0.\nQUIT\n', b'\n.\n\0QUIT\n')
 EVIL = (b'MAIL FROM:<evil@x>\r\nRCPT TO:<evil@x>\r\nDATA\r\n'
         b'smuggled\r\n.\r\n')
 
@@ -1464,9 +1524,9 @@ def other_ends(content):
             if b'.' in re.split(line_end, text)]
 
 
-def read(chunks):
+def read(chunks, lf_only=False):
     """(content, rest, size) of bytes in chunks; rest may be None."""
-    reader, chunks, content = smtps.DataReader(), list(chunks), b''
+    reader, chunks, content = smtps.DataReader(lf_only), list(chunks), b''
     while chunks and reader.rest is None:
         reader.feed(chunks.pop(0))
         content += reader.take()
@@ -1493,11 +1553,13 @@ class Smuggling(ListenerCase):
         for end in FALSE_ENDS:
             stream = b'before' + end + EVIL + b'QUIT\r\n'
             cut = stream.index(TRUE_END, len(b'before' + end)) + 5
-            with self.subTest(end):
-                for place in range(len(stream)):
-                    content, rest, _ = read([stream[:place], stream[place:]])
-                    self.assertEqual(stream[cut:], rest, place)
-                    self.assertEqual([], other_ends(content), place)
+            for place in range(len(stream)):
+                for lf_only in False, True:
+                    with self.subTest(end, place=place, lf_only=lf_only):
+                        content, rest, _ = read(
+                            [stream[:place], stream[place:]], lf_only)
+                        self.assertEqual(stream[cut:], rest)
+                        self.assertEqual([], other_ends(content))
 
     def test_the_true_end_is_one_split_anywhere(self):
         stream = b'before' + TRUE_END + EVIL
@@ -1506,13 +1568,16 @@ class Smuggling(ListenerCase):
                 [stream[:place], stream[place:]]))
 
     def test_a_client_gets_one_mail_through(self):
+        """Also one that has sent no CR until then."""
         said = b''.join(x for s, x in steps(HELLO + DATA) if s == 'C')
-        for end in FALSE_ENDS:
-            with self.subTest(end):
-                for place in range(-3, len(end) + 3):
-                    self.send(said + b'before' + end + EVIL + b'QUIT\r\n',
-                              len(said + b'before') + place)
-                    self.assertOneMail()
+        for said in said, said.replace(b'\r', b''):
+            for end in FALSE_ENDS:
+                with self.subTest(end, said=said), mock.patch.object(
+                        smtps, 'LF_SILENCE', 60):
+                    for place in range(-3, len(end) + 3):
+                        self.send(said + b'before' + end + EVIL + b'QUIT\r\n',
+                                  len(said + b'before') + place)
+                        self.assertOneMail()
 
     def send(self, stream, place):
         """Sends stream in two pieces, reads all replies."""
@@ -1554,6 +1619,209 @@ class Smuggling(ListenerCase):
                     self.assertEqual(meant + b'\r\n', smtps.unstuffed(content))
 
 
+LF_HELLO = 'C: HELO x\\n\nS: 250\n'
+LF_DATA = ('C: MAIL FROM:<a@home.lan>\\n\nS: 250\n'
+           'C: RCPT TO:<b@example.org>\\n\nS: 250\nC: DATA\\n\nS: 354\n')
+LF_QUIT = 'C: QUIT\\n\nS: 221\nS: closed\n'
+
+
+def without_cr(transcript):
+    """All that its client says (bytes), with LF for CRLF."""
+    return b''.join(text for side, text in steps(transcript)
+                    if side == 'C').replace(b'\r\n', b'\n')
+
+
+class LineFeedsOnly(ListenerCase):
+    """A device that never sends a CR: lwsgs, JitterBug, `... | nc`. A mail
+    server always does."""
+    LIMITS = {'maxsize': BIG + 1000, 'tls': server_tls()}
+
+    def silence(self, seconds):
+        """So long nothing may follow LF.LF."""
+        patch = mock.patch.object(smtps, 'LF_SILENCE', seconds)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_its_dot_ends_a_mail_if_nothing_or_quit_follows(self):
+        self.silence(0.2)
+        self.table([(LF_HELLO + LF_DATA + row, source) for row, source in (
+            ('C: Subject: x\\n\\nhi\\n.\\n\nS: 250\n' + TAKEN
+             + '=: Subject: x\\r\\n\\r\\nhi\\r\\n', 'nothing'),
+            ('C: hi\\n.\\n\nS: 250\n' + TAKEN + LF_QUIT, 'QUIT'),
+            ('C: hi\\n.\\nquit\\n\nS: 250\nS: 221\nS: closed\n' + TAKEN
+             + '=: hi\\r\\n', 'QUIT at once'),
+            ('C: .\\n\nS: 250\n' + TAKEN + '=: ', 'an empty mail'),
+            ('C: \\n.\\n\nS: 250\n' + TAKEN + '=: \\r\\n', 'an empty line'),
+            ('C: ..\\n.a\\n.\\n\nS: 250\n' + TAKEN
+             + '=: ..\\r\\n.a\\r\\n', 'other dots'))])
+        self.assertNotIn('WARNING', [r.levelname for r in self.records.list])
+
+    def test_its_next_mail_is_taken_as_well(self):
+        self.silence(0.05)
+        mail = LF_DATA + 'C: hi\\n.\\n\nS: 250\n' + TAKEN
+        self.converse(LF_HELLO + mail + mail + LF_QUIT)
+
+    def test_a_large_mail_ends_so_too(self):
+        self.silence(0.05)
+        for size, code in (BIG, '250'), (4 * BIG, '552'):
+            for end in b'', b'QUIT\n':
+                with self.subTest(size, end=end):
+                    client = self.converse(LF_HELLO + LF_DATA)
+                    client.send(b'x' * (size - 1) + b'\n.\n' + end)
+                    client.expect(code)
+                    self.converse('S: 221' if end else LF_QUIT, client)
+        self.assertEqual([b'x' * (BIG - 1) + b'\r\n'] * 2,
+                         [mail.content for mail in self.mails])
+
+    def test_a_client_that_will_say_no_more_need_not_be_waited_for(self):
+        """printf ... | nc"""
+        self.silence(60)
+        for size in 10, BIG:
+            for end in b'', b'QUIT', b'QUIT\n':
+                with self.subTest(end, size=size):
+                    client = self.client()
+                    client.send(without_cr(LF_HELLO + LF_DATA) + b'x' * size
+                                + b'\n.\n' + end)
+                    client.socket.shutdown(socket.SHUT_WR)
+                    self.assertIn(b'250 2.0.0', client.read_until_closed())
+        self.assertEqual(6, len(self.mails))
+
+    def test_the_silence_holds_up_no_reply_and_no_other_client(self):
+        self.silence(60)
+        client = self.client()
+        client.send(without_cr(LF_HELLO + LF_DATA) + b'hi\n.\n')
+        for code in '250', '250', '250', '354':
+            client.expect(code)
+
+        self.assertServes()
+
+        self.assertEqual(1, len(self.mails))
+        client.send(b'QUIT\nmore\r\n.\r\n')
+        client.expect('250')
+        self.assertEqual(b'hi\r\n..\r\nQUIT\r\nmore\r\n',
+                         self.mails[1].content)
+
+    def test_a_stop_need_not_wait_for_the_silence(self):
+        self.silence(60)
+        client = self.converse(LF_HELLO + LF_DATA)
+        client.send(b'hi\n.\n')
+        self.wait_for_the_loop()
+
+        next(self.stop)
+
+        client.expect('421 4.3.2')
+        self.assertEqual([], self.mails)
+
+    def test_what_comes_while_the_loop_is_busy_is_not_overlooked(self):
+        """The time is over, but the bytes are there."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            conversation = smtps.Conversation(
+                self.server, ours, smtps.Client('', 0), None)
+            waiting = conversation._receive_within(1)
+            self.assertEqual(smtps.READ, next(waiting))
+            theirs.send(b'more')
+
+            with self.assertRaises(StopIteration) as end:
+                waiting.throw(smtps.IdleTimeout())
+
+        self.assertEqual(b'more', end.exception.value)
+        self.assertEqual(self.server.limits.timeout, conversation.patience)
+
+    def test_one_that_has_sent_a_cr_has_to_go_on_with_it(self):
+        """Not even a long silence makes an end of LF.LF then."""
+        self.silence(0)
+        for said, source in (
+                (HELLO + LF_DATA, 'its first line'),
+                (LF_HELLO + DATA, 'all that follows'),
+                (LF_HELLO + LF_DATA + 'C: one', 'a line of the mail'),
+                (LF_HELLO + LF_DATA + 'C: a\\rb\\n', 'inside a line'),
+                (LF_HELLO + LF_DATA + 'C: .\\r\\r\\n', 'CR CR LF'),
+                (LF_HELLO + 'C: NOOP\nS: 250\n' + LF_DATA, 'one command'),
+                (LF_HELLO + 'C: \n' + LF_DATA, 'an empty line'),
+                (LF_HELLO + 'C: %s\\r\\n\nS: 500\n' % ('x' * 2049)
+                 + LF_DATA, 'a line too long'),
+                (LF_HELLO + 'C: AUTH PLAIN\\n\nS: 334\nC: AHUAcA==\n'
+                 'S: 235\nL: u p\n' + LF_DATA, 'its password'),
+                (LF_HELLO + LF_DATA + END + TAKEN + LF_DATA, 'a mail before'),
+                (LF_HELLO + 'C: RSET\nS: 250\n' + LF_DATA, 'RSET')):
+            for end in b'', b'QUIT\n':
+                with self.subTest(source, end=end):
+                    self.assertGoesOn(self.converse(said), end)
+
+    def test_a_cr_at_the_end_of_a_line_too_long_counts(self):
+        self.silence(0)
+        client = self.client()
+        line = b'x' * 3000 + b'\r\n'
+        self.send_apart(client, line, len(line) - 1)
+        client.expect('500')
+
+        self.assertGoesOn(self.converse(LF_DATA, client), b'')
+
+    def assertGoesOn(self, client, end):
+        """LF.LF, with end behind it, does not end the mail."""
+        self.records.list.clear()
+        client.send(b'hi\n.\n' + end)
+        self.wait_for_the_loop()
+        self.wait_for_the_loop()
+        client.send(b'more\r\n.\r\n')
+        client.expect('250')
+        self.assertTrue(self.mails[-1].content.endswith(
+            b'hi\r\n..\r\n' + end.replace(b'\n', b'\r\n') + b'more\r\n'))
+        self.assertLogged('WARNING', 'single dot that is not its end')
+
+    def test_what_follows_its_dot_is_part_of_the_mail_and_a_warning(self):
+        self.silence(60)
+        said = without_cr(LF_HELLO + LF_DATA)
+        for behind in (b'more\n', b'\n', b'QUIT\nQUIT\n', b'QUITX\n',
+                       b'QUIT \n', b'.\n.\n', EVIL.replace(b'\r', b'')):
+            for cut in 0, 1, len(behind):
+                with self.subTest(behind, cut=cut):
+                    self.records.list.clear()
+                    client = self.client()
+                    data = said + b'hi\n.\n' + behind + b'\n.\n'
+                    self.send_apart(client, data, len(
+                        said + b'hi\n.\n') + cut)
+                    self.assertLogged('WARNING', 'from <a@home.lan> is a line')
+                    client.socket.shutdown(socket.SHUT_WR)
+                    client.read_until_closed()
+                    self.assertEqual(1, len(self.mails))
+                    self.assertEqual([], other_ends(self.mails.pop().content))
+
+    def test_no_silence_makes_an_end_of_a_dot_with_bytes_behind_it(self):
+        self.silence(0)
+        for behind in (b'\n', b'more', b'QU', b'QUITX', b'QUIT \n', b'\0',
+                       b'QUIT\n\n', b'.\n\n', b'.', b'..\n'):
+            with self.subTest(behind):
+                client = self.converse(LF_HELLO + LF_DATA)
+                client.send(b'hi\n.\n' + behind)
+                self.wait_for_the_loop()
+                self.wait_for_the_loop()
+                client.close()
+        wait_until(lambda: len(self.aborted) == 10)
+        self.assertEqual([], self.mails)
+
+    def test_what_was_sent_before_tls_does_not_count(self):
+        self.silence(0.05)
+        client = self.converse(HELLO + 'C: STARTTLS\nS: 220')
+        client.secure(client_tls())
+        self.converse(LF_HELLO + LF_DATA + 'C: hi\\n.\\n\nS: 250\n' + TAKEN,
+                      client)
+
+    def test_a_mail_without_its_dot_says_why_in_the_log(self):
+        for said, reason in (
+                (b'hi\r\n', 'the dot at its end is missing'),
+                (b'hi\r\n.\n', 'its line of a single dot is not an end'),
+                (b'hi\n.\n\n', 'its line of a single dot is not an end')):
+            with self.subTest(said):
+                client = self.converse(LF_HELLO + LF_DATA)
+                client.send(said)
+                client.close()
+                self.assertLogged('WARNING', (
+                    'never completed, nothing of it is kept: closed the '
+                    'connection; ' + reason))
+
+
 class DataReader(unittest.TestCase):
     """However the bytes come in, the same mail comes out."""
     PARTS = (b'\r', b'\n', b'.', b'\r\n', b'\r\r\n', b'\r\n.', b'a', b'..',
@@ -1575,6 +1843,21 @@ class DataReader(unittest.TestCase):
     def test_single_bytes_make_no_difference(self):
         for _, stream in self.streams(51765, 60):
             self.assertEqual(read([stream]), read(bytewise(stream)), stream)
+
+    def test_line_feeds_only_come_to_the_same_mail(self):
+        for dice, stream in self.streams(51768, 1500):
+            text = b'\n' + stream.replace(b'\r', b'')
+            text = text.partition(b'\n.\n')[0][1:]
+            quit = dice.choice((b'', b'QUIT', b'quit\n'))
+            reader, content = smtps.DataReader(lf_only=True), b''
+            for piece in cuts(text + b'\n.\n' + quit, dice, 4):
+                reader.feed(piece)
+                content += reader.take()
+            self.assertTrue(reader.may_be_over(), text)
+            reader.end()
+
+            self.assertEqual((read([text + TRUE_END])[0], quit), (
+                content + reader.take(), reader.rest))
 
     def test_what_comes_out_is_lines(self):
         for _, stream in self.streams(51766, 1500):
