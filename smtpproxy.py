@@ -960,8 +960,9 @@ def warn_of_program(ini):
     the service could have root do anything at the next start."""
     if os.getuid() != 0:
         return []
+    safe = set()
     for path in [*program_files(), ini]:
-        weak = changeable(path)
+        weak = changeable(path, safe)
         if weak:
             return ['%s: others than root may change it, and root runs what '
                     'is there: who breaks into the service is root at the '
@@ -985,19 +986,19 @@ def program_files():
                     yield os.path.join(folder, name)
 
 
-def changeable(path):
+def changeable(path, safe):
     """What lets others than root put something else in the place of path:
-    itself, a link or a folder above it; None if nothing does."""
+    itself, a link or a folder above it; None if nothing does. safe: a set of
+    what was looked at before."""
     for path in os.path.abspath(path), os.path.realpath(path):
         sticky = 0
-        while os.path.lexists(path):
+        while (path, sticky) not in safe and os.path.lexists(path):
             info = os.lstat(path)
             writers = 0o002 if info.st_gid == 0 else 0o022
             if info.st_uid != 0 or info.st_mode & writers and not (
                     info.st_mode & sticky or stat.S_ISLNK(info.st_mode)):
                 return path
-            if path == os.path.dirname(path):
-                break
+            safe.add((path, sticky))
             # In a folder such as /tmp nobody can rename what is root's.
             path, sticky = os.path.dirname(path), stat.S_ISVTX
     return None
@@ -6782,7 +6783,7 @@ def hand_over(folder, names, owner):
     Root does this where a user may write, who must not have root give away
     another file: so links are not followed but root's own, and what is given
     is what is open, not what may bear its name a moment later."""
-    if not changeable(os.path.dirname(folder)):
+    if not changeable(os.path.dirname(folder), set()):
         folder = os.path.realpath(folder)
     there = open_itself(folder)
     if there is not None:

@@ -1507,9 +1507,9 @@ QUIT_TIME = 5           # seconds for a goodbye that nothing depends on
 REPLY_SIZE = 65536      # bytes of a whole reply
 
 BODIES = '7BIT', '8BITMIME'     # RFC 6152; what we can say of a mail
-AHEAD = 50              # recipients of an envelope behind a final dot; more may
-                        # fill the send buffer, and a server that hangs up then
-                        # takes its 250 for the mail before with it
+AHEAD = 50              # recipients of an envelope behind a dot: one that
+                        # fills the send buffer may cost us the 250 of the mail
+                        # before, if the server hangs up then
 TOO_MANY = 452, 552             # recipients, at RCPT
 NOT_ASKED = 503, 'not asked for'
 

@@ -36,7 +36,7 @@ RENEWAL = 'refresh_token'
 MARGIN = 600            # seconds before a token's end that it is renewed
 GAP = 0.5               # seconds between the server's answer and a kill
 OTHER = 'camera@home.test'
-kills = 20
+kills = 8
 servers = tokens = None
 
 

@@ -386,8 +386,9 @@ class WholeProxy(ProxyCase):
         self.watched()
         for _ in range(2):
             client = self.greeted()
-            client.command('AUTH PLAIN ' + smtpproxy.smtps.encoded64(
-                '\0%s\0wrong' % OTHER))
+            with mock.patch('smtps.AUTH_PAUSE', 0.01):
+                client.command('AUTH PLAIN ' + smtpproxy.smtps.encoded64(
+                    '\0%s\0wrong' % OTHER))
 
         line, = self.told()
 

@@ -1643,7 +1643,7 @@ class LineFeedsOnly(ListenerCase):
         self.addCleanup(patch.stop)
 
     def test_its_dot_ends_a_mail_if_nothing_or_quit_follows(self):
-        self.silence(0.2)
+        self.silence(0.05)
         self.table([(LF_HELLO + LF_DATA + row, source) for row, source in (
             ('C: Subject: x\\n\\nhi\\n.\\n\nS: 250\n' + TAKEN
              + '=: Subject: x\\r\\n\\r\\nhi\\r\\n', 'nothing'),
@@ -1876,10 +1876,10 @@ class DataReader(unittest.TestCase):
                              re.sub(change, b'', content))
 
     def test_memory_is_bounded_by_the_line_not_by_the_mail(self):
-        for piece in b'x' * 65536, b'x\r\n' * 20000, b'\r' * 65536, (
-                b'\n' * 65536), b'.' * 65536:
+        for piece in b'x' * 65536, b'x\r\n' * 5000, b'\r' * 16384, (
+                b'\n' * 16384), b'.' * 65536:
             reader = smtps.DataReader()
-            for fed in range(len(piece), 20 * len(piece), len(piece)):
+            for fed in range(len(piece), 8 * len(piece), len(piece)):
                 reader.feed(piece)
                 reader.take()
                 self.assertLess(fed - reader.size, 2 * smtps.LONG_LINE)

@@ -30,7 +30,7 @@ class SpoolCase(FolderCase):
         super().setUp()
         self.spool = None
         self.addCleanup(self.stop)
-        unsynced = mock.patch('os.fsync')   # see tests/test_crash.py
+        unsynced = mock.patch('os.fsync')   # see tests/deep_crash.py
         unsynced.start()
         self.addCleanup(unsynced.stop)
 

@@ -1,7 +1,6 @@
 """--test: the way that mail would go, step by step, for its owner."""
 import base64
 import re
-import threading
 import unittest
 from unittest import mock
 
@@ -10,7 +9,6 @@ from tests.case import A, B, OTHER, SENDER
 from tests.fakes import (
     CERTIFICATE, USER, FakePOP, FakeSMTP, FakeTokenServer, server_tls)
 from tests.test_commands import CommandCase
-from tests.test_faults import ROWS, SMALL, FaultCase
 
 STEP = re.compile(r' *\d+ ms  (.*)')
 LOGIN = {'smtpusername': 'me', 'smtppassword': 'geheim'}
@@ -335,48 +333,6 @@ class WhatItLeavesAlone(TrialCase):
         self.addCleanup(trial.close)
 
         self.assertTrue(trial.connect())
-
-
-class Faults(FaultCase):
-    """Each row of the fault matrix that a short mail meets."""
-
-    ROWS = [row for row in ROWS if row.size == SMALL]
-
-    def test_each_is_seen_with_its_stage_its_reason_and_what_to_do(self):
-        path = self.ini({}, self.prepare(()))
-        self.settings = smtpproxy.load(path)
-        lines = {row.name: [] for row in self.ROWS}
-        threads = [threading.Thread(
-            target=self.go, args=(row, lines[row.name]),
-            name='trial-' + row.name) for row in self.ROWS]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(30)
-
-        for row in self.ROWS:
-            with self.subTest(row.name):
-                self.assertTold(row, lines[row.name])
-
-    def go(self, row, lines):
-        """A test of one row's account; lines gets what it tells."""
-        sender = self.sender(row)
-        trial = smtpproxy.Trial(
-            self.settings, self.settings.account_for(sender), lines.append)
-        if trial.connect() and trial.send(
-                smtpproxy.test_mail(sender, B, sender)):
-            lines.append('sent')
-        trial.close()
-
-    def assertTold(self, row, lines):
-        """The last line is the failure."""
-        *before, last = lines
-        self.assertIn('failed: ', last)
-        self.assertNotIn('failed: ', ''.join(before))
-        for words in row.words:
-            self.assertTrue(any(word in last for word in words.split('|')),
-                            last)
-        self.assertNotIn('secret', ''.join(lines))
 
 
 if __name__ == '__main__':

@@ -40,7 +40,7 @@ class OneHome(ProxyCase):
 
     def watch(self):
         """Looks again and again."""
-        while not self.over.wait(.003):
+        while not self.over.wait(.01):
             self.check()
 
     def check(self):

@@ -17,7 +17,7 @@ from tests.fakes import (
     CERTIFICATE, DROP, ENDLESS_LINE, ENDLESS_REPLY, EXTENSIONS, GARBAGE, HANG,
     RESET, FakePOP, FakeSMTP, dribble, server_tls, wait_until)
 
-CONNECT_TIME, REPLY_TIME, DOT_TIME = 1.2, 1.3, 1.4       # seconds, here
+CONNECT_TIME, REPLY_TIME, DOT_TIME = 0.7, 0.8, 0.9       # seconds, here
 TLS = server_tls()
 LOGIN = {'smtpusername': 'me', 'smtppassword': 'secret'}
 POP = {'popbeforesmtp': 'true', 'popssl': 'false', 'popusername': 'me',
@@ -334,6 +334,48 @@ class Faults(FaultCase):
                 self.assertExplained(
                     row, 'ERROR', 'deleted', self.sender(row),
                     'subject ' + row.name, *row.left)
+
+
+class Trials(FaultCase):
+    """Each row of the fault matrix that a short mail meets, through --test."""
+
+    ROWS = [row for row in ROWS if row.size == SMALL]
+
+    def test_each_is_seen_with_its_stage_its_reason_and_what_to_do(self):
+        path = self.ini({}, self.prepare(()))
+        self.settings = smtpproxy.load(path)
+        lines = {row.name: [] for row in self.ROWS}
+        threads = [threading.Thread(
+            target=self.go, args=(row, lines[row.name]),
+            name='trial-' + row.name) for row in self.ROWS]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+
+        for row in self.ROWS:
+            with self.subTest(row.name):
+                self.assertTold(row, lines[row.name])
+
+    def go(self, row, lines):
+        """A test of one row's account; lines gets what it tells."""
+        sender = self.sender(row)
+        trial = smtpproxy.Trial(
+            self.settings, self.settings.account_for(sender), lines.append)
+        if trial.connect() and trial.send(
+                smtpproxy.test_mail(sender, B, sender)):
+            lines.append('sent')
+        trial.close()
+
+    def assertTold(self, row, lines):
+        """The last line is the failure."""
+        *before, last = lines
+        self.assertIn('failed: ', last)
+        self.assertNotIn('failed: ', ''.join(before))
+        for words in row.words:
+            self.assertTrue(any(word in last for word in words.split('|')),
+                            last)
+        self.assertNotIn('secret', ''.join(lines))
 
 
 if __name__ == '__main__':
