@@ -8,6 +8,7 @@ import pty
 import re
 import resource
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -729,6 +730,12 @@ class FirstSession(ProgramCase):
 
     def test_an_account_and_a_first_mail_in_two_commands(self):
         (add, serve), answers, block = self.session()
+
+        port25 = socket.socket()        # it is not to be had, as in README.md
+        self.addCleanup(port25.close)
+        with contextlib.suppress(OSError):
+            port25.bind(('', 25))
+            port25.listen()
 
         shown = self.type(add, answers)
 
