@@ -6822,9 +6822,10 @@ def open_itself(name, folder=None):
 
 def is_missing(host):
     """Is this an address, not a name, that this box has not got (yet)?"""
-    try:
+    try:        # as bytes, for str it wants the codec idna, of python3-codecs
         (family, kind, *_, address), *_ = socket.getaddrinfo(
-            host, 0, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
+            host.encode(), 0, type=socket.SOCK_STREAM,
+            flags=socket.AI_NUMERICHOST)
         with socket.socket(family, kind) as probe:
             probe.bind(address)
     except OSError as error:
