@@ -22,6 +22,11 @@ At start, in the main thread
     here is named in the log and skipped; the others work. Import `email` and
     other large modules inside the methods that need them: boxes are small.
 
+Neighbours
+    `import camera` finds handlers/camera.py, behind all modules of Python.
+    A module without such a class is a helper for others: it is named in the
+    log at level INFO. SIGHUP reads all of them anew.
+
 For each mail, in the relay thread
     handleMessage of each enabled handler, in the same order, one mail at a
     time, before the mail's account is looked up. Each handler gets the mail
@@ -53,8 +58,9 @@ Settings
     come in lower case, the values as they were written.
 
 The logger
-    debug, info, warning, error, exception as in the module logging, and
-    1.x's log, logwarn, logerr, logdebug; each takes the text.
+    debug, info, warning, error, critical, exception as in the module
+    logging, and 1.x's log, logwarn, logerr, logdebug; each takes the text.
+    What is critical is in the log even with level=NONE.
 """
 
 import abc
@@ -77,9 +83,11 @@ class MailHandler(abc.ABC):
     def setConfig(self, config):
         """Take the keys of [handler NAME], a dict of str to str.
 
-        Without such a section the dict is empty. A wrong value is best
-        logged here, once, and answered with False by isEnabled. Handlers
-        without settings need not define this.
+        Without such a section the dict is empty. What is wrong with the
+        values may be returned as a list of str, each a sentence for the
+        owner: the start and --check show them. Whether the handler is of
+        use all the same is for isEnabled to say. Handlers without settings
+        need not define this.
         """
 
     @abc.abstractmethod

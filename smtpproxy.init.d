@@ -21,7 +21,7 @@
 DAEMON_PATH="/opt/smtpproxy"        # folder of the installation, absolute
 PYTHON="python3"                    # 3.8 or later; or a path: /opt/bin/python3
 PIDFILE="/var/run/smtpproxy.pid"
-START_WAIT=30                       # seconds; a small box may need some
+START_WAIT=90                       # seconds; it may wait 60 for its address
 STOP_WAIT=15                        # seconds; the program promises to need 10
 
 PROGRAM="$DAEMON_PATH/smtpproxy.py"
@@ -71,7 +71,7 @@ check_installation() {
     command -v "$PYTHON" >/dev/null ||
         fail 5 "no $PYTHON: install Python 3.8 or later, or set PYTHON in $0"
     [ -f "$CONFIG" ] ||
-        fail 6 "no $CONFIG: copy smtpproxy.ini.example there and edit it"
+        fail 6 "no $CONFIG: make it with smtpproxy.py --config $CONFIG --add"
 }
 
 start() {

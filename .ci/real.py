@@ -366,6 +366,54 @@ class Submission(Case):
                     self.assertIn(server, arrived)
 
 
+class Added(Case):
+    """--add with nothing but what an owner knows, then a first mail."""
+
+    def add(self, proxy, keys):
+        """What --add says; passwords come from stdin."""
+        secrets = [value for key, value in keys.items()
+                   if key.endswith('password')]
+        done = subprocess.run(
+            [*proxy.command, '--add', SENDER, *(
+                '%s=%s' % (key, '-' if key.endswith('password') else value)
+                for key, value in keys.items())],
+            cwd=proxy.folder, input='\n'.join(secrets) + '\n', text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        self.assertNotIn(PASSWORD, done.stdout)
+        return done
+
+    def test_an_account_of_each_kind_delivers(self):
+        for door, keys in (
+                ('submission', account('submission')),
+                ('smtps', account('smtps')),
+                ('relay', dict(account('relay', smtpsecurity='none'),
+                               **pop()))):
+            with self.subTest(door):
+                self.close_the_relay()
+                proxy = Proxy({})
+                done = self.add(proxy, keys)
+                self.assertEqual(0, done.returncode, done.stdout)
+                self.close_the_relay()
+                with proxy:
+                    self.assertThrough(proxy, 'added for ' + door)
+
+    def test_a_wrong_password_is_not_written(self):
+        proxy = Proxy({})
+        before = proxy.ini.read_bytes()
+
+        done = self.add(proxy, account('submission', smtppassword='wrong'))
+
+        self.assertEqual(1, done.returncode)
+        self.assertIn('535 5.7.8', done.stdout)
+        self.assertEqual(before, proxy.ini.read_bytes())
+
+    def test_a_running_service_takes_it_at_once(self):
+        with Proxy({'default': account('relay', **pop())}) as proxy:
+            done = self.add(proxy, account('submission'))
+            self.assertIn('has read it again', done.stdout)
+            self.assertThrough(proxy, 'added while it runs')
+
+
 class Trouble(Case):
     """The mail is kept, the log says why, and a mended ini sends it."""
 

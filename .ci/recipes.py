@@ -252,14 +252,35 @@ class InitScript(Box):
 
 class Others(Box):
 
+    SYSTEMD = 'Debian, Raspberry Pi OS and others with systemd'
+
     def test_systemd(self):
-        unit = configparser.ConfigParser(interpolation=None)
-        unit.read_string(blocks(
-            'Debian, Raspberry Pi OS and others with systemd')[0])
-        unit = unit['Service']
         self.write_ini('')
         self.sh(''.join(blocks(RIGHTS)[:2]))
         self.check_as_root()
+        self.start_by_systemd()
+
+    def test_systemd_hands_a_password_to_the_service(self):
+        _, _, make, unit, key = blocks(self.SYSTEMD)
+        self.write_ini('')
+        with open(HOME / 'smtpproxy.ini', 'a') as ini:
+            ini.write('smtpusername=me\n' + key)
+        self.sh(''.join(blocks(RIGHTS)[:2]))
+        self.sh(make.replace('(umask', 'echo secret | (umask'))
+        id, path = re.search('LoadCredential=(.*):(.*)', unit).groups()
+        self.assertEqual('600 root', self.sh(
+            'stat -c "%a %U" ' + path).strip())
+        self.assertIn('cannot be read', self.sh(
+            'cd %s; python3 smtpproxy.py --check' % HOME))
+        place = '/run/credentials/smtpproxy.service'     # what systemd does
+        self.sh('mkdir -p %s; install -m 400 -o smtpproxy %s %s/%s' % (
+            place, path, place, id))
+        self.start_by_systemd()
+
+    def start_by_systemd(self):
+        unit = configparser.ConfigParser(interpolation=None)
+        unit.read_string(blocks(self.SYSTEMD)[0])
+        unit = unit['Service']
         right = '+' + unit['AmbientCapabilities'][len('CAP_'):].lower()
         service = subprocess.Popen(
             ['setpriv', '--reuid', unit['User'], '--regid', unit['User'],

@@ -63,10 +63,11 @@ def wait_for(condition, seconds, what):
 
 class Servers:
     """All of them; once start() has returned, every port answers."""
+    doors = DOORS
 
-    def __init__(self, folder, exim):
+    def __init__(self, folder, exim=None):
         self.folder = pathlib.Path(folder)
-        self.port = {door: free_port() for door in DOORS}
+        self.port = {door: free_port() for door in self.doors}
         mail = pwd.getpwnam('mail')
         self.values = dict(
             self.port, folder=self.folder, exim=exim, user=USER,
@@ -81,20 +82,23 @@ class Servers:
             shutil.chown(self.folder / name, 'mail')
         try:
             self.make_certificates()
-            self.start_dovecot()
-            self.run('exim', self.values['exim'], '-bdf',
-                     '-C', str(self.write('exim.conf')))
-            self.start_postfix('postfix', 'main.cf', *map(smtpd, (
-                ('submission', self.port['submission']),
-                ('smtps', self.port['smtps'], 'good'),
-                ('expired', self.port['expired'], 'expired'),
-                ('otherhost', self.port['otherhost'], 'otherhost'))))
+            self.start_each()
             for door, port in self.port.items():
                 wait_for(lambda: answers(port), 15, 'no answer from ' + door)
         except BaseException:
             print(self.logs(), file=sys.stderr)
             self.stop()
             raise
+
+    def start_each(self):
+        self.start_dovecot()
+        self.run('exim', self.values['exim'], '-bdf',
+                 '-C', str(self.write('exim.conf')))
+        self.start_postfix('postfix', 'main.cf', *map(smtpd, (
+            ('submission', self.port['submission']),
+            ('smtps', self.port['smtps'], 'good'),
+            ('expired', self.port['expired'], 'expired'),
+            ('otherhost', self.port['otherhost'], 'otherhost'))))
 
     def write(self, template, name=None, **values):
         """Fill in a template; return the path of the result."""
@@ -127,7 +131,7 @@ class Servers:
         """The last lines of each server, for the reader of a failure."""
         text = ''
         for path in (*self.folder.glob('*.out'), *self.folder.glob('*.log'),
-                     self.folder / 'exim/mainlog'):
+                     *self.folder.glob('exim/mainlog')):
             lines = path.read_text('latin-1').splitlines()[-8:]
             text += '\n'.join(['--- ' + path.name, *lines, ''])
         return text

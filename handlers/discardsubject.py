@@ -30,9 +30,8 @@ class DiscardSubject(MailHandler):
         if (self.enabled is None or self.enabled and not self.texts
                 or set(config) - {'enabled', 'contains'}):
             self.enabled = False
-            self.logger.error('[handler discardsubject] stays off: it wants '
-                              'enabled=true and contains=text | text, the '
-                              'section has %r' % (config,))
+            return ['it stays off: it wants enabled=true and contains=text | '
+                    'text, the section has %r' % (config,)]
 
     def handleMessage(self, message, mail, callback):
         subject = readable(message['Subject']).casefold()

@@ -33,14 +33,12 @@ class SaveVoice(MailHandler):
         if (set(config) - set(DEFAULTS) or None in (self.enabled, self.discard)
                 or self.enabled and not os.path.isabs(self.folder)):
             self.enabled = False
-            self.logger.error(
-                '[handler savevoice] stays off: folder must be a full path, '
-                'enabled and discard true or false, other keys from, subject '
-                'and types; the section has %r' % (config,))
-        elif self.enabled and not os.access(self.folder, os.W_OK | os.X_OK):
+            return ['it stays off: folder must be a full path, enabled and '
+                    'discard true or false, other keys from, subject and '
+                    'types; the section has %r' % (config,)]
+        if self.enabled and not os.access(self.folder, os.W_OK | os.X_OK):
             # It stays on: the disk may be mounted later.
-            self.logger.error('[handler savevoice] folder: cannot write to '
-                              + self.folder)
+            return ['it cannot write to folder=' + self.folder]
 
     def handleMessage(self, message, mail, callback):
         if (self.config['from'].lower() not in ('', mail.frm.lower())

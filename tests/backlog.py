@@ -162,7 +162,7 @@ def fill(folder, count):
             draft.write(CONTENT % number)
             draft.seal()
             draft.commit()
-            spool.drafts.clear()
+            draft.release()
     spool.close()
 
 

@@ -152,6 +152,11 @@ class ProxyCase(FolderCase):
             own.close()
         return text.split()[-1]
 
+    def in_hand(self):
+        """The ids that the relay's threads have in hand."""
+        return [id for queue in self.proxy.relay.queues
+                for id in list(queue.in_hand)]
+
     def spooled(self):
         """The names of the mail files in msgs/."""
         try:

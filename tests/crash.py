@@ -1,7 +1,7 @@
 """What a crash leaves of msgs/.
 
 Recorder and Disk are a model of a disk: what was done to it, and what may be
-on it if the power goes at any moment. tests/test_crash.py goes through all of
+on it if the power goes at any moment. tests/deep_crash.py goes through all of
 them. Storm kills the real program under load:
 
     python3 -m tests.crash --kills 1000     # about ten minutes
@@ -246,7 +246,7 @@ def spool_life(root, tell):
     """What happens to one mail in the spool."""
     spool = smtpproxy.Spool(os.path.join(root, 'msgs'))
     spool.open()
-    spool.sweep(spool.start())
+    spool.start()
     draft = spool.draft('a@home.lan', ['b@home.lan', 'c@home.lan'], {})
     draft.write(b'Subject: death\r\n\r\n')
     draft.write(b'a line of many\r\n' * 10000)
@@ -507,7 +507,7 @@ def main():
     parser = argparse.ArgumentParser(prog='python3 -m tests.crash')
     parser.add_argument('--kills', type=int, default=20)
     parser.add_argument('--seed', type=int, default=None)
-    parser.add_argument('--folder', help='for tests/test_crash.py')
+    parser.add_argument('--folder', help='for tests/deep_crash.py')
     options = parser.parse_args()
     if options.folder:
         return die_everywhere(options.folder)

@@ -1,6 +1,7 @@
 """Remote ends for the tests, independent of smtps.py and smtpproxy.py, so
 that a shared misreading of an RFC shows: FakeSMTP and FakePOP to deliver to,
-a Client to send with, a Clock, TLS for localhost, and wait_until.
+a FakeTokenServer to sign in at by OAuth2 and a FakeProxy on the way to it, a
+Client to send with, a Clock, TLS for localhost, and wait_until.
 
 FakeSMTP and FakePOP follow a script, a dict: how a command begins, in any
 case (the longest that fits counts) -> the reply. '' is the greeting, '.' the
@@ -20,15 +21,20 @@ command in the wrong place is refused without a look at the script.
 import base64
 import collections
 import contextlib
+import hashlib
 import hmac
+import json
 import os
 import re
+import secrets
+import select
 import socket
 import ssl
 import struct
 import threading
 import time
 import types
+import urllib.parse
 import warnings
 
 CERTIFICATE = os.path.join(os.path.dirname(__file__), 'localhost.pem')
@@ -307,8 +313,10 @@ class Fake(contextlib.AbstractContextManager):
         self.changed = threading.Condition()    # guards all that is recorded
         self.closing, self.used = threading.Event(), collections.Counter()
         self.talking, self.threads = [], []
-        self.listener = socket.create_server((host, port))
-        self.address = self.host, self.port = self.listener.getsockname()
+        self.listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ':' in host
+            else socket.AF_INET)
+        self.address = self.host, self.port = self.listener.getsockname()[:2]
         self.begin(self.listen, 'listener')
 
     def __exit__(self, *_):
@@ -423,6 +431,7 @@ class SMTPConversation(Conversation):
             self.offered = ()
 
     def do_AUTH(self, argument):
+        demand(len(self.line) <= 510, '500 5.5.2 line too long')
         mechanism = argument.upper().partition(' ')[0]
         demand('AUTH' in self.offered, '503 5.5.1 not offered')
         demand(self.user is None and not self.mail, '503 5.5.1 not now')
@@ -459,6 +468,32 @@ class SMTPConversation(Conversation):
         key = (users or {}).get(user, '').encode()
         right = hmac.new(key, challenge.encode(), 'md5').hexdigest()
         return user, users is None or user in users and digest == right
+
+    def auth_XOAUTH2(self, initial):
+        match = re.fullmatch('user=([^\1]*)\1auth=Bearer ([!-~]+)\1\1',
+                             self.ask('', initial))
+        return self.bearer(match, '', {'status': '401', 'schemes': 'bearer'})
+
+    def auth_OAUTHBEARER(self, initial):
+        match = re.fullmatch(
+            'n,a=([^\1]*),\1host=[^\1]+\1port=[0-9]+\1auth=Bearer ([!-~]+)'
+            '\1\1', self.ask('', initial))
+        return self.bearer(match, 'AQ==', {'status': 'invalid_token'})
+
+    def bearer(self, match, apology, details):
+        """Whether a token is right; what is not right gets a challenge, and
+        has to say this apology."""
+        demand(match, '501 5.5.2 not understood')
+        user = match.group(1).replace('=2C', ',').replace('=3D', '=')
+        right = self.knows(user, match.group(2))
+        if not right:
+            self.say('334 ' + base64.b64encode(
+                json.dumps(details).encode()).decode())
+            said = self.read_text()
+            if said != apology:
+                self.server.record('violations', '%r for %r to a challenge'
+                                   % (said, apology))
+        return user, right
 
     def path(self, keyword, argument):
         """The address and the parameters behind MAIL or RCPT."""
@@ -516,8 +551,9 @@ class SMTPConversation(Conversation):
 class FakeSMTP(Fake):
     """An SMTP server that also records mails: those it answered 250 (Mail).
 
-    extensions and mechanisms: what it offers; PLAIN, LOGIN and CRAM-MD5 work,
-    others need a script. require_auth: 530 at MAIL without a login."""
+    extensions and mechanisms: what it offers; PLAIN, LOGIN, CRAM-MD5, XOAUTH2
+    and OAUTHBEARER work (users: {user: password or access token}), others
+    need a script. require_auth: 530 at MAIL without a login."""
     TALK, AWAITED = SMTPConversation, 'mails'
 
     def __init__(self, script=None, extensions=EXTENSIONS,
@@ -532,9 +568,18 @@ class FakeSMTP(Fake):
 class POPConversation(Conversation):
     """RFC 1939 with an empty maildrop."""
     USUAL = {'CONNECT': '+OK fake', 'QUIT': '+OK bye', 'NOOP': '+OK',
-             'CAPA': '+OK\nUSER\n.', '?': '-ERR what?',
+             '?': '-ERR what?',
              'right': '+OK welcome', 'wrong': '-ERR [AUTH] wrong'}
     name = None
+
+    def do_CAPA(self, _):
+        offered = self.server.tls and not self.tls
+        self.says('+OK\nUSER\n%s.' % ('STLS\n' if offered else ''))
+
+    def do_STLS(self, _):
+        demand(self.server.tls and not self.tls, '-ERR not now')
+        if self.says('+OK go ahead'):
+            self.begin_tls()
 
     def do_USER(self, name):
         demand(name and self.user is None, '-ERR not now')
@@ -551,11 +596,224 @@ class POPConversation(Conversation):
 
 
 class FakePOP(Fake):
-    """A POP3 server; with tls from the first byte."""
+    """A POP3 server; with tls from the first byte, unless implicit=False: then
+    by STLS."""
     TALK, AWAITED = POPConversation, 'logins'
 
-    def __init__(self, script=None, users=None, tls=None, **options):
-        super().__init__(script, users, tls, implicit=bool(tls), **options)
+    def __init__(self, script=None, users=None, tls=None, implicit=True,
+                 **options):
+        super().__init__(script, users, tls, implicit=bool(tls and implicit),
+                         **options)
+
+
+# --- OAuth2 -----------------------------------------------------------------
+
+GRANTS = {'refresh_token': 'refresh', 'authorization_code': 'code',
+          'client_credentials': 'app',
+          'urn:ietf:params:oauth:grant-type:device_code': 'poll'}
+
+
+class Request(types.SimpleNamespace):
+    """what (a key of the script), path, form (dict), headers (dict, names in
+    lower case), time."""
+
+
+def http(status, body, more=''):
+    """A whole answer; body: bytes, or what becomes JSON."""
+    kind = 'text/html'
+    if not isinstance(body, bytes):
+        body, kind = json.dumps(body).encode(), 'application/json'
+    return ('HTTP/1.1 %d x\r\nContent-Type: %s\r\nContent-Length: %d\r\n'
+            '%s\r\n' % (status, kind, len(body), more)).encode() + body
+
+
+class TokenConversation(Conversation):
+    """One request and its answer."""
+
+    def run(self):
+        try:
+            if self.server.implicit:
+                self.begin_tls()
+            request = self.read_request()
+            self.line = request.what
+            self.server.record('requests', request)
+            reply = self.choose(None)
+            if reply is None:
+                reply = self.server.usual(request)
+            self.say(self.octets(reply))
+        except OSError:
+            pass
+        finally:
+            self.close()
+            self.server.talking.remove(self)
+
+    def read_request(self):
+        method, target, _ = self.read_text().split(' ')
+        headers = {}
+        for line in iter(self.read_text, ''):
+            name, _, value = line.partition(':')
+            headers[name.lower()] = value.strip()
+        body = self.file.read(int(headers.get('content-length', 0)))
+        form = dict(urllib.parse.parse_qsl(body.decode(), True))
+        if method != 'POST' or headers.get('content-type') != (
+                'application/x-www-form-urlencoded'):
+            self.server.record('violations', '%s %s' % (method, headers))
+        what = 'start' if target == '/device' else GRANTS.get(
+            form.get('grant_type'), '?')
+        return Request(what=what, path=target, form=form, headers=headers,
+                       time=self.server.clock())
+
+    @staticmethod
+    def octets(reply):
+        if isinstance(reply, bytes):
+            return reply
+        if isinstance(reply, int):
+            return http(reply, b'<html>%d</html>' % reply)
+        if isinstance(reply, str):
+            error, _, words = reply.partition(' ')
+            return http(401 if error == 'invalid_client' else 400, {
+                'error': error, 'error_description': words})
+        return http(200, reply)
+
+
+USER = 'me@example.org'     # the only one it knows
+
+
+class FakeTokenServer(Fake):
+    """An OAuth2 authorization server for one user: /device and /token, plain
+    HTTP unless implicit. It rotates refresh tokens, and who shows an old one
+    loses the grant (reused counts that).
+
+    The script's keys: start (device authorization), poll, code, refresh, app.
+    Its replies: a str is an error with its description behind a blank, an int
+    a page with that status, a dict JSON, bytes a whole answer; see http().
+
+    clients: {id: secret or ''}; expires: seconds of an access token; rotate:
+    False sends no new refresh token; size: octets more in an access token.
+    Records: requests (of Request), issued (of access tokens), valid ({USER:
+    the newest of them}, for a FakeSMTP's users)."""
+    TALK, AWAITED = TokenConversation, 'requests'
+
+    def __init__(self, script=None, clients=None, expires=3600, rotate=True,
+                 **options):
+        self.clients = {'id': ''} if clients is None else clients
+        self.expires, self.rotate, self.size = expires, rotate, 0
+        self.valid, self.issued = {}, []
+        self.requests, self.count, self.reused = [], 0, 0
+        self.live, self.spent, self.codes = set(), set(), {}
+        super().__init__(script, **options)
+
+    def url(self, path):
+        return '%s://%s:%d%s' % ('https' if self.implicit else 'http',
+                                 'localhost' if self.implicit else self.host,
+                                 self.port, path)
+
+    def asked(self, what):
+        """The requests of a kind."""
+        return [r for r in self.requests if r.what == what]
+
+    def usual(self, request):
+        form = request.form
+        secret = self.clients.get(form.get('client_id'))
+        if secret is None or form.get('client_secret', '') != secret:
+            return 'invalid_client'
+        with self.changed:
+            return getattr(self, 'do_' + request.what, self.do_unknown)(form)
+
+    def do_unknown(self, _):
+        return 'unsupported_grant_type'
+
+    def do_start(self, _):
+        return {'device_code': 'device-code-1', 'user_code': 'ABCD-EFGH',
+                'verification_uri': self.url('/verify'), 'expires_in': 900}
+
+    def do_poll(self, form):
+        return self.issue() if form.get('device_code') == 'device-code-1' \
+            else 'invalid_grant'
+
+    def do_app(self, form):
+        return self.issue(False) if form.get('client_secret') \
+            else 'unauthorized_client'
+
+    def do_refresh(self, form):
+        token = form.get('refresh_token')
+        if token in self.spent:
+            self.reused += 1
+            self.live.clear()
+        if token not in self.live or not form.get('scope'):
+            return 'invalid_grant no such token'
+        if self.rotate:
+            self.live.discard(token)
+            self.spent.add(token)
+        return self.issue(self.rotate)
+
+    def do_code(self, form):
+        challenge, redirect = self.codes.pop(form.get('code'), ('', ''))
+        digest = hashlib.sha256(form.get('code_verifier', '').encode())
+        right = base64.urlsafe_b64encode(digest.digest()).rstrip(b'=')
+        if challenge != right.decode() or redirect != form['redirect_uri']:
+            return 'invalid_grant'
+        return self.issue()
+
+    def issue(self, refresh=True):
+        """New tokens."""
+        self.count += 1
+        token = 'access-%d' % self.count + secrets.token_urlsafe(
+            self.size)[:self.size]
+        self.valid[USER] = token
+        self.issued.append(token)
+        answer = {'access_token': token, 'token_type': 'Bearer',
+                  'expires_in': self.expires}
+        if refresh:
+            answer['refresh_token'] = 'refresh-%d' % self.count
+            self.live.add(answer['refresh_token'])
+        return answer
+
+    def consent(self, address, **instead):
+        """What the browser is sent to once the user has said yes at the
+        authorization address; instead: other parameters for it."""
+        query = dict(urllib.parse.parse_qsl(
+            urllib.parse.urlsplit(address).query))
+        code = 'code-%d' % (len(self.codes) + 1)
+        if query['code_challenge_method'] == 'S256':
+            self.codes[code] = query['code_challenge'], query['redirect_uri']
+        found = dict({'code': code, 'state': query['state']}, **instead)
+        return query['redirect_uri'] + '?' + urllib.parse.urlencode(found)
+
+
+class ProxyConversation(Conversation):
+    """CONNECT, and then whatever comes, both ways."""
+
+    def run(self):
+        try:
+            self.server.record('commands', self.read_text())
+            headers = list(iter(self.read_text, ''))
+            self.server.record('logins', [h for h in headers if 'asic' in h])
+            with socket.create_connection(self.server.target, 10) as far:
+                self.socket.sendall(b'HTTP/1.1 200 ok\r\n\r\n')
+                self.copy(far)
+        except OSError:
+            pass
+        finally:
+            self.close()
+            self.server.talking.remove(self)
+
+    def copy(self, far):
+        while True:
+            for end in select.select([self.socket, far], [], [], 10)[0]:
+                data = end.recv(65536)
+                if not data:
+                    return
+                (far if end is self.socket else self.socket).sendall(data)
+
+
+class FakeProxy(Fake):
+    """An HTTP proxy that leads to target, wherever it is asked to."""
+    TALK, AWAITED = ProxyConversation, 'commands'
+
+    def __init__(self, target):
+        self.target = target
+        super().__init__()
 
 
 # --- Client -----------------------------------------------------------------

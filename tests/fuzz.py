@@ -242,7 +242,8 @@ class Session:
     """What the client of this number does.
 
     says: list of lines; way: how they are cut; leave: how it ends; tls:
-    None, 'implicit', 'starttls', or 'rubbish' in place of a handshake."""
+    None, 'implicit', 'starttls', or 'rubbish' in place of a handshake;
+    lf_only: it never sends a CR."""
 
     def __init__(self, seed, number):
         dice = self.dice = random.Random('%s/%s' % (seed, number))
@@ -258,6 +259,7 @@ class Session:
             'close', 'half', 'reset', 'cut', 'silent', 'deaf'))
         self.tls = dice.choice((None,) * 12 + (
             'implicit', 'starttls', 'rubbish'))
+        self.lf_only = dice.random() < .1
 
     def pieces(self):
         data = b''.join(self.says)
@@ -265,6 +267,8 @@ class Session:
             data = data[:self.dice.randrange(len(data) + 1)]
         elif self.leave == 'quit':
             data += b'\r\n.\r\nQUIT\r\n'
+        if self.lf_only:
+            data = data.replace(b'\r', b'')
         if self.way == 'lines':
             return data.splitlines(True)
         if self.way == 'bytes':

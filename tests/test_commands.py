@@ -1,8 +1,10 @@
 """What the owner asks on the command line, with and without a service."""
 import contextlib
+import errno
 import io
 import json
 import os
+import shutil
 import sys
 import time
 import unittest
@@ -102,6 +104,15 @@ class Queue(CommandCase):
                 self.assertIn('come again', row['error'])
                 self.assertLess(row['age'], 60)
                 self.assertRegex(row['next'], r'^\d{4}-\d\d-\d\d ')
+
+    def test_where_nobody_is_there_the_next_try_is_each_sleeptime(self):
+        self.upstream.close()
+        self.start({'sleeptime': 600})
+
+        self.assertLogged(self.submit(), 'each 600 seconds')
+
+        self.assertRegex(self.succeed('--queue'), r' 1  each 600 s +<')
+        self.assertIsNone(self.queue()[0]['next'])
 
     def test_what_is_parked_says_so(self):
         self.waiting('550 5.1.1 never come again')
@@ -209,8 +220,9 @@ class Retry(CommandCase):
         ask = smtpproxy.Spool.ask
 
         def ask_at_once(spool, id, what):
-            path, relay = ask(spool, id, what), self.proxy.relay
-            relay.inbox.put(relay.look_round)
+            path = ask(spool, id, what)
+            if self.proxy:
+                self.proxy.relay.wake()
             return path
         patch = mock.patch.object(smtpproxy.Spool, 'ask', ask_at_once)
         patch.start()
@@ -231,11 +243,13 @@ class Retry(CommandCase):
     def test_without_a_service_the_next_start_tries_it(self):
         id = self.waiting('550 5.1.1 never come again')
         self.stop()
-        self.assertIn('starts', self.succeed('--retry', id))
+        for what in id, 'all':
+            self.assertIn('starts', self.succeed('--retry', what))
 
-        self.start()
+        self.start({'sleeptime': 600})
 
         self.assertDelivered([B], 2)
+        self.assertSpooled(0)
 
     def test_a_parked_mail_stays_parked_over_a_restart(self):
         self.waiting('550 5.1.1 never come again')
@@ -283,6 +297,69 @@ class Delete(CommandCase):
         self.assertSpooled(1)
 
 
+class NoService(CommandCase):
+    """What a command does to msgs/ while no service runs."""
+
+    def setUp(self):
+        super().setUp()
+        self.ids = [self.waiting('550 5.1.1 never come again')]
+        self.ids.append(self.submit())
+        self.assertSpooled(1)
+        self.stop()
+        self.id = self.ids[0]
+
+    def test_a_box_that_was_off_for_a_month_makes_no_mail_old(self):
+        month = time.time() + 30 * 86400
+        with mock.patch('time.time', lambda: month):
+            self.succeed('--retry', self.id)
+            self.succeed('--retry', 'all')
+        self.upstream.script['RCPT'] = LATER
+
+        self.start()
+
+        self.assertLogged(self.id, 'try 2, the next one')
+        self.assertLess(self.proxy.spool.age(self.id), 3600)
+
+    def test_no_mail_is_loaded_for_it(self):
+        for arguments in (['--retry', self.id], ['--retry', 'all'],
+                          ['--delete', self.id]):
+            with self.subTest(arguments), mock.patch.object(
+                    smtpproxy.Mail, '_read', side_effect=AssertionError):
+                self.succeed(*arguments)
+
+    def test_only_the_mail_that_is_shown_is_loaded(self):
+        shutil.copy(self.path('msgs', self.id + '.mail'),
+                    self.path('msgs', '00000000-00000.mail'))
+        with mock.patch.object(smtpproxy.Mail, '_read', autospec=True,
+                               side_effect=smtpproxy.Mail._read) as read:
+            self.succeed('--show', self.id)
+
+        self.assertEqual(1, read.call_count)
+
+    def test_a_service_that_starts_meanwhile_need_not_wait(self):
+        self.succeed('--retry', 'all')
+        with mock.patch.object(smtpproxy.Spool.open, '__defaults__', (0,)):
+            self.start()
+
+        self.assertDelivered([B], 3)
+
+    def test_what_a_running_service_left_undone_comes_before_all_mail(self):
+        spool = smtpproxy.Spool(self.path('msgs'))
+        spool.ask(self.id, 'retry')
+        spool.ask(self.id, 'delete')
+
+        self.start({'sleeptime': 600})
+
+        self.assertLogged('INFO', self.id, 'deleted as asked for')
+        self.assertSpooled(0)
+        self.assertEqual(2, len(self.upstream.mails))
+
+    def test_a_mail_that_cannot_be_deleted_is_not_said_to_be(self):
+        with mock.patch('os.unlink', side_effect=OSError(
+                errno.EROFS, 'Read-only file system', 'msgs/x')):
+            self.assertIn('Read-only', self.fail_with('--delete', self.id))
+
+
 class Show(CommandCase):
 
     def test_the_mail_is_shown_as_it_would_be_sent(self):
@@ -314,6 +391,20 @@ class Check(CommandCase):
         self.assertEqual(2, out.count('smtphost'))
         self.assertNotIn('hush', out)
 
+    def test_a_password_file_is_named_and_its_content_is_not(self):
+        path = self.write('secret', 'hush')
+        self.ini(accounts={SENDER: self.account(
+            smtpusername='me', smtppasswordfile=path)})
+
+        self.assertIn("smtppasswordfile = '%s'" % path,
+                      self.succeed('--check'))
+        self.assertNotIn('hush', self.succeed('--check'))
+        os.unlink(path)
+
+        self.assertIn('warning: %s: [%s] smtppasswordfile = %s cannot be '
+                      'read' % (self.path('smtpproxy.ini'), SENDER, path),
+                      self.succeed('--check'))
+
     def test_every_mistake_is_named_and_nothing_is_touched(self):
         self.ini({'port': 'x', 'allow': 'y'}, {SENDER: {'smtport': 1}})
 
@@ -341,8 +432,13 @@ class Check(CommandCase):
     def test_handlers_and_warnings_are_named(self):
         self.write('handlers/bad.py', '1 / 0')
         self.write('handlers/good.py', REWRITE)
+        self.write('handlers/shared.py', 'WORD = 1')
+        self.write('handlers/picky.py', REWRITE + '''
+    def setConfig(self, config):
+        return ['it wants colour=red', 'and size=9']
+''')
         self.ini(accounts={SENDER: self.account(
-            smtpusername='me', smtppassword='50%%')})
+            smtphost='mx:25', smtpusername='me', smtppassword='50%%')})
 
         with mock.patch.object(smtpproxy, 'HOME', self.folder), \
                 mock.patch.object(sys, 'dont_write_bytecode', True):
@@ -350,7 +446,10 @@ class Check(CommandCase):
 
         self.assertEqual(0, code)
         for word in ('handler good is enabled', 'handler bad',
-                     'smtppassword has %%'):
+                     'handlers/shared.py is no handler',
+                     'warning: handler picky: it wants colour=red\n',
+                     'warning: handler picky: and size=9\n',
+                     'smtppassword has %%', 'write only mx; 25 has a key'):
             self.assertIn(word, out)
 
     def test_works_beside_a_running_service(self):

@@ -60,9 +60,11 @@ class HandlerCase(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        patch = mock.patch.object(smtpproxy, 'HOME', self.folder)
-        patch.start()
-        self.addCleanup(patch.stop)
+        for patch in (mock.patch.object(smtpproxy, 'HOME', self.folder),
+                      mock.patch.object(sys, 'path', sys.path[:]),
+                      mock.patch.dict(sys.modules)):
+            patch.start()
+            self.addCleanup(patch.stop)
         bytecode = mock.patch.object(sys, 'dont_write_bytecode', True)
         bytecode.start()
         self.addCleanup(bytecode.stop)
@@ -114,7 +116,6 @@ class Loading(HandlerCase):
         'raises': ('1 / 0', 'ZeroDivisionError'),
         'exits': ('raise SystemExit(3)', 'SystemExit'),
         'throws': ('raise type("Odd", (BaseException,), {})', 'Odd'),
-        'empty': ('', 'no class'),
         'lacks': (GOOD.replace('isEnabled', 'enabled'), 'isEnabled'),
         'needs': (GOOD.replace(
             'def isEnabled(self)', 'def __init__(self, more): pass\n    def '
@@ -163,10 +164,27 @@ class Loading(HandlerCase):
 
         self.assertLogged('keys {}')
 
+    def test_what_a_handler_says_of_its_section_is_in_the_log(self):
+        text = TEMPLATE.replace('def isEnabled(self):', (
+            'def setConfig(self, config):\n'
+            '        return ["no key %s" % key for key in config]\n'
+            '    def isEnabled(self):'))
+        self.module(text + RETURN)
+        self.start(more='[handler example]\ncolour=red\nsize=9\n')
+
+        self.assertLogged('ERROR', 'handler example: no key colour')
+        self.assertLogged('ERROR', 'handler example: no key size')
+
     def test_a_section_without_a_handler_is_named(self):
         self.start(more='[handler missing]\nenabled=true\n')
 
         self.assertLogged('ERROR', 'missing', 'handlers/missing.py')
+
+    def test_a_section_for_what_is_no_handler_is_named(self):
+        self.module('')
+        self.start(more='[handler example]\nenabled=true\n')
+
+        self.assertLogged('ERROR', 'handlers/example.py', 'no class')
 
     def test_no_folder_of_handlers_is_no_error(self):
         self.start()
@@ -174,6 +192,53 @@ class Loading(HandlerCase):
 
         self.assertDelivered([A])
         self.assertNotLogged('ERROR')
+
+
+class Neighbours(HandlerCase):
+    """With 1.x handlers/ was in the path of Python."""
+
+    def through_a_neighbour(self, name, word='WORD'):
+        """A mail through a handler that imports that module."""
+        self.module('import %s\n' % name + TEMPLATE + (
+            '        self.logger.log(str(%s.%s))\n' % (name, word)) + RETURN)
+        self.start()
+        self.submit()
+        self.assertDelivered([A])
+
+    def test_a_handler_may_import_its_neighbour(self):
+        self.module('WORD = "from next door"', 'shared')
+
+        self.through_a_neighbour('shared')
+
+        self.assertLogged('from next door')
+        self.assertLogged('INFO', 'handlers/shared.py is no handler')
+        self.assertNotLogged('ERROR')
+
+    def test_a_neighbour_that_is_a_handler_is_made_once(self):
+        self.module(TEMPLATE.replace('saw it', 'once') + RETURN
+                    + 'WORD = "both"', 'other')
+
+        self.through_a_neighbour('other')
+
+        self.assertLogged('both')
+        self.assertEqual(1, self.log().count('once'))
+
+    def test_none_takes_the_place_of_a_module_of_python(self):
+        self.module('ONE_THIRD = "ours"', 'colorsys')
+
+        self.through_a_neighbour('colorsys', 'ONE_THIRD')
+
+        self.assertLogged('0.333')
+
+    def test_a_reload_takes_a_changed_neighbour(self):
+        self.module('WORD = "old"', 'shared')
+        self.through_a_neighbour('shared')
+        self.module('WORD = "quite new"', 'shared')
+
+        self.proxy.reload()
+        self.submit()
+
+        self.assertLogged('quite new')
 
 
 class Of1x(HandlerCase):
@@ -206,7 +271,8 @@ class Of1x(HandlerCase):
     def test_the_logger_has_the_names_of_1_x_and_of_logging(self):
         names = {'log': 'INFO', 'logerr': 'ERROR', 'logwarn': 'WARNING',
                  'logdebug': 'DEBUG', 'debug': 'DEBUG', 'info': 'INFO',
-                 'warning': 'WARNING', 'error': 'ERROR', 'exception': 'ERROR'}
+                 'warning': 'WARNING', 'error': 'ERROR', 'exception': 'ERROR',
+                 'critical': 'CRITICAL'}
         id = self.through(''.join(
             'self.logger.%s("by %s: 100%%")\n' % (name, name)
             for name in names) + 'return True')
@@ -215,6 +281,17 @@ class Of1x(HandlerCase):
         for name, level in names.items():
             with self.subTest(name):
                 self.assertLogged(level, id, 'by %s: 100%%' % name)
+
+    def test_what_is_critical_is_written_at_level_none(self):
+        id = self.through('self.logger.error("small")\n'
+                          'self.logger.critical("the house burns")\n'
+                          'return True', accounts={
+                              SENDER: self.account(),
+                              'logging': {'level': 'NONE'}})
+        self.assertDelivered([A])
+
+        self.assertLogged('CRITICAL', id, 'the house burns')
+        self.assertNotLogged('small')
 
 
 class Verdicts(HandlerCase):

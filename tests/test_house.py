@@ -13,9 +13,13 @@ import smtpproxy
 TOP = os.path.dirname(os.path.abspath(smtpproxy.__file__))
 CODE = ('smtpproxy.py', 'smtps.py', 'MailHandler.py')
 LONGEST, MEDIAN = 45, 10        # lines of a function
+CLASS, NAMES = 300, 15          # lines of a class; public names it shows
+STEPS = 12                      # of a mail's journey, in README.md
+VALUES = {'Mail'}               # their attributes are data: what is stored
 SHAPES = {'config': smtpproxy.Config, 'logging': smtpproxy.Logging,
           'account': smtpproxy.Account}
 BANNER = re.compile(r'# --- .*')
+LAZY = {'ssl', 'smtplib', 'poplib', 'email', 'json', 'urllib', 'http'}
 STDLIB = sysconfig.get_paths()['stdlib']
 
 
@@ -129,6 +133,105 @@ class Size(unittest.TestCase):
                         self.fail('line %d: %s' % (number, line))
 
 
+def classes(name):
+    """[ast.ClassDef] of a file."""
+    return [node for node in ast.walk(ast.parse(read(name)))
+            if isinstance(node, ast.ClassDef)]
+
+
+def is_named_tuple(node):
+    return 'NamedTuple' in [getattr(base, 'id', '') for base in node.bases]
+
+
+def public_names(node):
+    """What a class shows: methods and attributes, its own and of self."""
+    found = {item.name for item in node.body if hasattr(item, 'name')}
+    if node.name in VALUES:
+        return {name for name in found if not name.startswith('_')}
+    for part in ast.walk(node):
+        if not isinstance(getattr(part, 'ctx', None), ast.Store):
+            continue
+        if isinstance(part, ast.Attribute) and (
+                getattr(part.value, 'id', '') == 'self'):
+            found.add(part.attr)
+    for item in node.body:
+        for part in getattr(item, 'targets', ()):
+            found.update(name.id for name in ast.walk(part)
+                         if isinstance(name, ast.Name))
+    return {name for name in found if not name.startswith('_')}
+
+
+def nouns(name):
+    """{class: its duty} of the list in a file's docstring: names and commas,
+    two blanks or more, the duty."""
+    found = {}
+    for line in ast.get_docstring(ast.parse(read(name))).splitlines():
+        match = re.match(r' {4}((?:\w+, )*\w+),? {2,}(\S.*)', line)
+        if match:
+            found.update(dict.fromkeys(match[1].split(', '), match[2]))
+    return found
+
+
+class Classes(unittest.TestCase):
+
+    def test_a_class_is_read_in_one_go(self):
+        for name in CODE:
+            for node in classes(name):
+                with self.subTest(node.name):
+                    self.assertLessEqual(
+                        node.end_lineno - node.lineno + 1, CLASS)
+
+    def test_a_class_shows_few_names(self):
+        for name in CODE:
+            for node in classes(name):
+                if not is_named_tuple(node):        # these are data
+                    with self.subTest(node.name):
+                        names = public_names(node)
+                        self.assertLessEqual(len(names), NAMES, names)
+
+    def test_every_class_is_a_noun_with_a_duty(self):
+        for name in CODE[:2]:
+            with self.subTest(name):
+                self.assertEqual(
+                    sorted(node.name for node in classes(name)),
+                    sorted(noun for noun in nouns(name)
+                           if noun[0].isupper() and not noun.isupper()
+                           and noun != 'None'))
+
+
+class Journey(unittest.TestCase):
+    """README.md tells what becomes of a mail; the code agrees."""
+
+    def steps(self):
+        """[(function, thread)] of the numbered list."""
+        text = read('README.md').partition('journey of a mail')[2]
+        return re.findall(r'^\d+\. .*?`([\w.]+)` \(([\w-]+)\)', text, re.M)
+
+    def defined(self):
+        """'smtps.Class._method', 'Class.method', 'function' of all code."""
+        found = set()
+        for file, prefix in ('smtps.py', 'smtps.'), ('smtpproxy.py', ''):
+            for node in ast.parse(read(file)).body:
+                if hasattr(node, 'name'):
+                    found.add(prefix + node.name)
+                for part in getattr(node, 'body', ()):
+                    if isinstance(part, ast.FunctionDef):
+                        found.add('%s%s.%s' % (prefix, node.name, part.name))
+        return found
+
+    def test_every_step_names_a_function_that_is_there(self):
+        defined, steps = self.defined(), self.steps()
+
+        self.assertEqual([], [f for f, _ in steps if f not in defined])
+        self.assertIn(len(steps), range(8, STEPS + 1))
+
+    def test_every_step_names_a_thread_that_is_there(self):
+        code = read('smtps.py') + read('smtpproxy.py')
+        for function, thread in self.steps():
+            with self.subTest(function):
+                self.assertIn("'%s'" % thread.replace('SERVER', ''), code)
+
+
 class Imports(unittest.TestCase):
 
     def test_nothing_but_the_standard_library(self):
@@ -138,9 +241,17 @@ class Imports(unittest.TestCase):
                 with self.subTest('%s: %s' % (name, module)):
                     self.assertTrue(is_standard(module))
 
-    def test_the_listener_knows_nothing_of_the_program(self):
+    def test_the_library_knows_nothing_of_the_program(self):
         self.assertEqual(set(), imports('smtps.py') & {
-            'smtpproxy', 'MailHandler', 'configparser', 'smtplib', 'poplib'})
+            'smtpproxy', 'MailHandler', 'configparser', 'poplib'})
+
+    def test_what_costs_memory_is_imported_where_it_is_needed(self):
+        for name in CODE:
+            at_once = {alias.name for node in ast.parse(read(name)).body
+                       if isinstance(node, ast.Import)
+                       for alias in node.names}
+            with self.subTest(name):
+                self.assertEqual(set(), at_once & LAZY)
 
     def test_the_base_of_handlers_needs_only_abc(self):
         self.assertEqual({'abc'}, imports('MailHandler.py'))
@@ -176,7 +287,7 @@ class Keys(unittest.TestCase):
         """{kind of section: {key: value}} of the lines like pattern."""
         found, kind = {name: {} for name in SHAPES}, ''
         for line in read('smtpproxy.ini.example').splitlines():
-            section = re.match(r'\[(\w*)', line)
+            section = re.match(r'#?\[(\w*)', line)
             if section:
                 kind = section[1] if section[1] in (
                     'config', 'logging', 'handler') else 'account'
@@ -222,7 +333,6 @@ class Keys(unittest.TestCase):
 
     def test_the_example_shows_every_default(self):
         shown = self.example('#')
-        del self.defaults['account']['smtphost']        # mandatory
 
         for kind, defaults in self.defaults.items():
             with self.subTest(kind):
@@ -233,6 +343,10 @@ class Keys(unittest.TestCase):
             os.path.join(TOP, 'smtpproxy.ini.example'))
 
         self.assertFalse(settings.config.deleteonerror)
+
+    def test_a_copied_example_sends_nothing_to_placeholders(self):
+        self.assertEqual({}, smtpproxy.load(
+            os.path.join(TOP, 'smtpproxy.ini.example')).accounts)
 
 
 if __name__ == '__main__':

@@ -4,6 +4,7 @@ import errno
 import hmac
 import os
 import re
+import socket
 import threading
 import unittest
 from unittest import mock
@@ -24,7 +25,8 @@ class Senders(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        self.enterPatch(mock.patch.object(smtpproxy.Intake, 'told', set()))
+        self.enterPatch(mock.patch.object(
+            smtpproxy.Admission, 'announced', set()))
 
     def enterPatch(self, patch):
         self.addCleanup(patch.stop)
@@ -211,6 +213,24 @@ class Header(ProxyCase):
                     self.assertEqual(1, header.count(b'\r\n%s: ' % name))
                 self.assertTrue(header.endswith(given))
 
+    def test_an_empty_one_counts_as_missing(self):
+        """Gmail: 550 5.7.1 'From' header is missing."""
+        header, _ = self.delivered(
+            b'From: \r\nDATE:\r\n \t\r\nMessage-ID :\t\r\nSubject:\r\n'
+            b'X: 1\r\nFrom:\r\n me@home.lan\r\n\r\nFrom:\r\n')
+
+        self.assertTrue(header.endswith(
+            b'>\r\nSubject:\r\nX: 1\r\nFrom:\r\n me@home.lan\r\n'), header)
+        for name in b'Date: \\w', b'Message-ID: <':
+            self.assertEqual(1, len(re.findall(name, header)))
+
+    def test_what_is_signed_stays_as_it_is(self):
+        own = b'From:\r\nDKIM-Signature: v=1\r\nDate: \r\n'
+
+        header, _ = self.delivered(own + b'\r\n')
+
+        self.assertTrue(header.endswith(own), header)
+
     def test_received_says_who_when_and_the_id(self):
         id = self.submit(b'subject: x\r\n\r\n')
         header = self.assertDelivered([A]).data.decode()
@@ -223,7 +243,7 @@ class Header(ProxyCase):
 
     def test_names_count_in_any_case_and_only_in_the_header(self):
         header, _ = self.delivered(
-            b'DATE: x\r\nmessage-id : y\r\nFrOm: z\r\nX-Date: n\r\n'
+            b'From : z\r\nDATE: x\r\nmessage-id : y\r\nX-Date: n\r\n'
             b' From: folded\r\n\r\nDate: body\r\n')
 
         self.assertEqual((1, 1, 1), tuple(
@@ -368,6 +388,68 @@ class Promise(ProxyCase):
         client.command('MAIL FROM:<%s>' % SENDER)
         client.command('RCPT TO:<%s>' % A)
         return client.data(b'Subject: x\r\n\r\n' + b'x' * 70 + b'\r\n' * size)
+
+    def test_a_mail_that_is_safe_is_answered_250_whatever_fails_then(self):
+        """A 451 would bring it a second time."""
+        self.start()
+        for error in ValueError('on purpose'), SystemExit('on purpose'):
+            with self.subTest(error), mock.patch.object(
+                    self.proxy.relay, 'announce', side_effect=error):
+                id = self.submit()
+                self.assertLogged('ERROR', id, 'accepted', 'reload')
+        self.assertEqual(set(), self.proxy.spool.drafts)
+
+        self.proxy.reload()
+
+        self.upstream.wait(2)
+
+    def test_only_parameters_that_are_understood_are_handed_on(self):
+        """Issue 17: a strict server refuses others for good."""
+        self.start()
+        for said, on in ((b'BODY=8bitmime', ' BODY=8BITMIME'),
+                         (b'BODY=7BIT SMTPUTF8', ' BODY=7BIT'),
+                         (b'BODY=BINARYMIME', ''), (b'BODY', ''),
+                         (b'BODY=FOO SMTPUTF8=x', ''),
+                         (b'BODY=\xff SMTPUTF8=\xff', '')):
+            with self.subTest(said):
+                client = self.greeted()
+                client.send(b'MAIL FROM:<%s> %s\r\n' % (
+                    SENDER.encode(), said))
+                client.expect('250')
+                client.command('RCPT TO:<%s>' % A)
+                count = len(self.upstream.mails)
+                self.assertEqual(250, client.data(b'\r\nhello\r\n')[0])
+                self.upstream.wait(count + 1)
+                self.assertRegex('\n'.join(self.upstream.commands), (
+                    r'MAIL FROM:<%s>%s SIZE=\d+\n' % (SENDER, on)))
+                self.upstream.commands.clear()
+        self.assertEqual(set(), self.proxy.spool.drafts)
+
+    def test_several_addresses_in_one_field_of_a_device_get_the_mail(self):
+        """Issue 17: the provider got them as one address, and refused."""
+        self.start()
+        client = self.greeted()
+
+        client.command('MAIL FROM:<%s>' % SENDER)
+        for path in '%s; %s' % (A, B), B:
+            self.assertEqual(250, client.command('RCPT TO:<%s>' % path)[0])
+        client.data(b'Subject: x\r\n\r\nhello\r\n')
+
+        self.assertDelivered([A, B])
+
+    def test_a_device_without_any_cr_hands_in_its_mail(self):
+        """Issue 17: `printf ... | nc`."""
+        self.start()
+        client = self.client()
+
+        client.send(b'HELO nas\nMAIL FROM:<%s>\nRCPT TO:<%s>\nDATA\n'
+                    b'Subject: disk\n\nbad\n.\nQUIT\n' % (
+                        SENDER.encode(), A.encode()))
+        client.socket.shutdown(socket.SHUT_WR)
+
+        self.assertIn(b'accepted as', client.read_until_closed())
+        self.assertTrue(self.assertDelivered([A]).data.endswith(
+            b'Subject: disk\r\n\r\nbad\r\n'))
 
     def test_a_mail_that_is_broken_off_leaves_nothing(self):
         self.start()

@@ -199,11 +199,18 @@ class Reload(LogCase):
         self.open_log()
 
         with open(self.path('mail'), 'wb', buffering=0) as mail:
+            free = self.free_descriptor()
             old.handle(logging.makeLogRecord({'msg': 'late'}))
 
             self.assertEqual(0, os.fstat(mail.fileno()).st_size)
+            self.assertEqual(free, self.free_descriptor())
         self.assertLogged('late')
-        self.assertIsNone(old.file)
+
+    @staticmethod
+    def free_descriptor():
+        """The lowest number that no open file has."""
+        with open(os.devnull) as file:
+            return file.fileno()
 
     def test_a_line_that_is_being_written_keeps_its_log_open(self):
         self.open_log()

@@ -9,6 +9,7 @@ import sys
 import time
 import unittest
 
+import smtpproxy
 from tests.case import A, SENDER, ProxyCase
 from tests.fakes import Client, FakePOP, wait_until
 
@@ -215,7 +216,7 @@ class Refusals(ProgramCase):
         process = self.begin('--version')
 
         self.assertEqual(0, self.end(process))
-        self.assertEqual('smtpproxy 2.0.0\n', self.output())
+        self.assertEqual('smtpproxy 2.1.0\n', self.output())
 
 
 class Service(ProgramCase):
@@ -263,6 +264,20 @@ class Service(ProgramCase):
         self.assertLogged('listens on port')
         self.assertLogged('stopped')
 
+    def test_a_sigterm_ends_the_wait_for_an_address(self):
+        self.ini({'host': '192.0.2.1'})
+        process = self.begin()
+        wait_until(lambda: 'waiting up to 60 seconds' in self.output())
+
+        process.send_signal(signal.SIGHUP)      # is not lost, nor an end
+        self.assertLess(self.terminate(process), 5)
+
+    def test_the_init_script_waits_longer_than_we_for_an_address(self):
+        with open(os.path.join(TOP, 'smtpproxy.init.d')) as file:
+            patience = re.search(r'(?m)^START_WAIT=(\d+)', file.read())[1]
+
+        self.assertGreaterEqual(int(patience), smtpproxy.ADDRESS_WAIT + 30)
+
     def test_sigterm_again_and_again_is_still_a_clean_end(self):
         self.ini()
         process = self.run_service()
@@ -307,6 +322,15 @@ class Service(ProgramCase):
         self.ini(accounts={SENDER: self.account(smtpusername='me')})
         process = self.run_service(before=('-c', CLOSED_STDERR))
 
+        self.terminate(process)
+
+    def test_a_start_says_what_is_wrong_with_a_handler(self):
+        self.ini(more='[handler rewriteaddress]\nenabled=true\nto @b=c@d\n')
+        process = self.run_service()
+        wait_until(lambda: 'listens on' in self.output())
+
+        self.assertIn('handler rewriteaddress: it stays off: wrong: to @b=c@d',
+                      self.output())
         self.terminate(process)
 
     def test_kill_9_loses_nothing(self):
@@ -469,6 +493,17 @@ class Demo(ProgramCase):
 
         for word in ('USER me', 'PASS', 'waiting', 'accepted', 'sent to',
                      'Subject: It works', 'Reply-To: me@example.org'):
+            self.assertIn(word, self.output())
+        self.assertEqual(['said'], os.listdir(self.folder))
+
+    def test_the_demo_shows_a_sign_in_as_well(self):
+        process = self.begin('--demo', 'oauth')
+
+        self.assertEqual(0, self.end(process, 20))
+
+        for word in ('type the code:     DEMO-CODE', 'and agree', 'stored as',
+                     'login: taken by xoauth2', 'accepted', 'sent to',
+                     'Subject: It works'):
             self.assertIn(word, self.output())
         self.assertEqual(['said'], os.listdir(self.folder))
 

@@ -1,5 +1,6 @@
 """The whole of it: start, reload and stop, as its owner sees them."""
 import contextlib
+import errno
 import io
 import os
 import pwd
@@ -80,6 +81,42 @@ class Reload(ProxyCase):
 
         self.assertLogged('ERROR', 'not reloaded', 'smtpproxy.ini')
         self.assertEqual(250, self.code(SENDER))
+
+    def with_password_file(self):
+        """{section: keys} with a password that is in a file."""
+        self.upstream.users = {'me': 'hush'}
+        self.upstream.require_auth = True
+        self.write('secret', 'wrong\n')
+        return {SENDER: self.account(
+            smtpusername='me', smtppasswordfile='secret')}
+
+    def test_a_password_file_is_read_again(self):
+        self.start({'sleeptime': 600}, self.with_password_file())
+        self.assertLogged(self.submit(), 'not delivered')
+        self.write('secret', 'hush\n')
+
+        self.proxy.reload()
+
+        self.assertDelivered([A])
+        self.assertNotLogged('hush')
+
+    def test_a_password_file_that_is_gone_leaves_the_old_one_in_force(self):
+        self.start(accounts=self.with_password_file())
+        os.unlink(self.path('secret'))
+
+        self.proxy.reload()
+
+        self.assertLogged('ERROR', 'not reloaded', 'smtppasswordfile')
+        self.assertEqual(250, self.code(SENDER))
+
+    def test_without_a_password_file_it_does_not_start(self):
+        with self.assertRaisesRegex(
+                smtpproxy.StartError, r'\[%s\] localpasswordfile = .*secret '
+                'cannot be read: No such file' % SENDER):
+            self.start(accounts={SENDER: self.account(
+                localpasswordfile='secret')})
+
+        self.assertFalse(os.path.exists(self.path('msgs')))
 
     def test_what_needs_a_restart_is_named_and_service_goes_on(self):
         self.start()
@@ -280,11 +317,14 @@ class SecondStart(ProxyCase):
             smtpproxy.Spool.open, '__defaults__', (0,))
         patch.start()
         self.addCleanup(patch.stop)
+        self.pauses = []
 
     def refusal(self, **config):
         """What a second start beside self.proxy says."""
-        second = smtpproxy.Proxy(smtpproxy.load(self.ini(config)))
-        with self.assertRaises(smtpproxy.StartError) as caught:
+        second = smtpproxy.Proxy(smtpproxy.load(self.ini(config)),
+                                 self.pauses.append)
+        with self.assertRaises(smtpproxy.StartError) as caught, \
+                contextlib.redirect_stderr(io.StringIO()) as self.said:
             second.start()
         return str(caught.exception)
 
@@ -313,6 +353,36 @@ class SecondStart(ProxyCase):
 
     def test_an_address_of_another_box_is_named(self):
         self.assertIn('192.0.2.1', self.refusal(host='192.0.2.1'))
+
+    def test_only_an_address_that_may_still_come_is_waited_for(self):
+        for host, seconds in (('192.0.2.1', 60), ('2001:db8::1', 60),
+                              ('no.such.name.invalid', 0), ('[::1]', 0),
+                              ('127.0.0.1 ::1', 0), ('eth9', 0)):
+            with self.subTest(host):
+                self.pauses.clear()
+                self.refusal(host=host)
+                self.assertEqual(seconds, sum(self.pauses))
+                self.assertEqual(bool(seconds),
+                                 'waiting' in self.said.getvalue())
+
+    def test_an_address_that_comes_while_we_wait_is_listened_on(self):
+        bind = socket.socket.bind
+
+        def bind_later(sock, address):
+            if len(self.pauses) < 3:
+                raise OSError(errno.EADDRNOTAVAIL, 'not there yet')
+            bind(sock, address)
+        proxy = smtpproxy.Proxy(smtpproxy.load(self.ini()),
+                                self.pauses.append)
+        self.addCleanup(self.stop)
+        with mock.patch.object(socket.socket, 'bind', bind_later), \
+                contextlib.redirect_stderr(io.StringIO()):
+            proxy.start()
+        self.proxy = proxy
+        self.submit()
+
+        self.assertDelivered([A])
+        self.assertEqual([1, 1, 1], self.pauses)
 
     def test_msgs_that_cannot_be_used_are_named(self):
         refusal = self.refusal(msgdir=self.write('file', ''))
@@ -417,7 +487,7 @@ class Root(ProxyCase):
     def hand_over(self, file='smtpproxy.log'):
         proxy = smtpproxy.Proxy(smtpproxy.load(self.ini(
             {'user': 'nobody'}, {'logging': {'file': file}})))
-        proxy.hand_over_files()
+        proxy._hand_over_files()
 
     def assertOwner(self, uid, *names):
         for name in names:
@@ -471,6 +541,17 @@ class Root(ProxyCase):
         self.hand_over()
 
         self.assertOwner(self.user.pw_uid, 'roots', 'roots/mail')
+
+    def test_a_file_system_without_owners_is_named_once_and_used(self):
+        self.write('msgs/1.mail', '')
+        for number in errno.EPERM, errno.ENOTSUP, errno.EINVAL:
+            smtpproxy.named.clear()
+            with mock.patch('os.fchown', side_effect=OSError(number, 'no')), \
+                    self.assertLogs('smtpproxy', 'WARNING') as logged:
+                self.hand_over()
+            self.assertEqual(1, len(logged.output))
+            self.assertIn(self.path('msgs') + ': its file system cannot change '
+                          'owners', logged.output[0])
 
     def test_a_log_that_can_not_begin_anew_is_named(self):
         with mock.patch.object(os, 'access', return_value=False):

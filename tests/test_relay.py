@@ -1,5 +1,6 @@
 """Relay: when each mail is tried, and what a failure means. Time is a Clock
 that the tests move; servers are real sockets that follow a script."""
+import contextlib
 import errno
 import os
 import shutil
@@ -11,12 +12,17 @@ from unittest import mock
 
 import smtpproxy
 from tests.case import A, B, OTHER, SENDER, ProxyCase
-from tests.fakes import HANG, Clock, FakeSMTP, wait_until
+from tests.fakes import DROP, HANG, Clock, FakePOP, FakeSMTP, wait_until
 
 C = 'c@example.org'
 DAY = 86400
 LATER, NEVER = '451 4.3.0 later', '550 5.1.1 never'
 MAIL = b'Subject: the report\r\n\r\nhello\r\n'
+
+
+def unused_port():
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        return server.getsockname()[1]
 
 
 class RelayCase(ProxyCase):
@@ -61,22 +67,25 @@ class RelayCase(ProxyCase):
         """For a script: no reply before self.gate is set."""
         self.gate.wait(5)
 
-    def put(self, to=(A,), sender=SENDER):
+    def put(self, to=(A,), sender=SENDER, content=MAIL):
         """A mail as a client hands it in; returns its id."""
         draft = self.spool.draft(sender, list(to), {})
-        draft.write(MAIL)
+        draft.write(content)
         draft.seal()
         draft.commit()
-        self.spool.drafts.discard(draft.id)
-        self.relay.announce(draft.id, sender)
+        draft.release()
+        self.relay.announce(draft.id, sender, draft.id + ': accepted')
         return draft.id
 
     def advance(self, seconds):
-        """Moves the time; returns when the relay has taken note."""
+        """Moves the time; returns when all who sleep have taken note."""
         self.clock.advance(seconds)
-        noted = threading.Event()
-        self.relay.inbox.put(lambda: self.relay.inbox.put(noted.set))
-        self.assertTrue(noted.wait(5), 'the relay does not go on')
+        for queue in self.relay.queues:
+            with queue.changed:
+                queue.changed.notify_all()
+        wait_until(lambda: not any(
+            self.may_take(queue) and not queue.in_hand
+            for queue in self.relay.queues))
 
     def advance_until(self, condition, step):
         """Moves the time by steps until the condition holds; what is due is
@@ -89,10 +98,20 @@ class RelayCase(ProxyCase):
         return wait_until(stepped)
 
     def at_rest(self):
-        """Whether no lane has anything to do now."""
-        return not self.relay.in_flight and not any(
-            lane.ready and not lane.held_until
-            for lane in list(self.relay.lanes.values()))
+        """Whether nobody has anything to do now."""
+        return not any(queue.in_hand or self.may_take(queue)
+                       for queue in self.relay.queues)
+
+    def may_take(self, queue):
+        with queue.changed:
+            now = self.clock()
+            return max(getattr(queue, 'not_before', 0), getattr(
+                queue, '_next_slot', 0)) <= now and any(
+                    when <= now for when in queue.due.values())
+
+    def in_hand(self):
+        return [id for queue in self.relay.queues
+                for id in list(queue.in_hand)]
 
     def reload(self, settings=None):
         """As SIGHUP does."""
@@ -104,7 +123,7 @@ class RelayCase(ProxyCase):
         def find():
             mail = self.spool.load(id)
             if mail and mail.tries >= count and (
-                    id not in self.relay.in_flight):
+                    id not in self.in_hand()):
                 return mail
         return wait_until(find)
 
@@ -114,7 +133,7 @@ class RelayCase(ProxyCase):
 
     def assertGone(self):
         self.assertSpooled(0)
-        wait_until(lambda: not self.relay.in_flight)
+        wait_until(lambda: not self.in_hand())
 
 
 class BackOff(RelayCase):
@@ -125,7 +144,7 @@ class BackOff(RelayCase):
             for tries in range(1, 40):
                 with self.subTest(sleeptime=sleeptime, tries=tries):
                     plain = min(3600, sleeptime * 2 ** (tries - 1))
-                    waits = {self.relay.back_off(tries) for _ in range(50)}
+                    waits = {smtpproxy.back_off(tries, self.settings.config) for _ in range(50)}
 
                     self.assertGreaterEqual(min(waits), plain)
                     self.assertLessEqual(max(waits), min(3600, plain * 1.1))
@@ -136,7 +155,7 @@ class BackOff(RelayCase):
         self.begin({'sleeptime': 7200})
 
         self.assertEqual([7200.0] * 3, [
-            self.relay.back_off(tries) for tries in (1, 2, 30)])
+            smtpproxy.back_off(tries, self.settings.config) for tries in (1, 2, 30)])
 
     def test_each_try_waits_longer_than_the_one_before(self):
         for kind, script in (('mail', {'RCPT': LATER}),
@@ -193,7 +212,7 @@ class Parked(RelayCase):
         self.upstream.script = script or {'RCPT': NEVER}
         self.begin(dict({'sleeptime': 1}, **config or {}))
         id = self.put()
-        wait_until(lambda: self.spool.load(id).parked)
+        wait_until(lambda: self.spool.load(id).parked and self.at_rest())
         return id
 
     def test_a_refused_mail_is_kept_with_all_the_owner_needs(self):
@@ -202,6 +221,11 @@ class Parked(RelayCase):
         line = self.assertLogged('ERROR', id, 'kept in msgs/')
         for word in (SENDER, A, 'the report', NEVER, '--retry ' + id):
             self.assertIn(word, line)
+
+    def test_a_refusal_of_our_name_says_what_to_do(self):
+        id = self.park({'RCPT': '504 5.5.2 <vm>: Helo command rejected'})
+
+        self.assertLogged('ERROR', id, '504 5.5.2', 'set localhostname')
 
     def test_it_is_not_tried_by_itself(self):
         self.park()
@@ -241,6 +265,22 @@ class Parked(RelayCase):
 
         self.assertEqual(2, self.tried(id, 2).tries)
         wait_until(lambda: self.spool.load(id).parked)
+
+    def test_a_reload_while_it_is_refused_is_not_forgotten(self):
+        self.upstream.script['RCPT'] = [
+            lambda talk: self.wait_at_gate(talk) or NEVER, None]
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        wait_until(lambda: self.verbs('RCPT'))
+
+        self.reload()
+        self.gate.set()
+        self.assertLogged(id, 'refused for good')
+        wait_until(self.at_rest)
+        self.advance(10)
+
+        self.assertDelivered([A])
+        self.assertGone()
 
     def test_a_temporary_failure_is_parked_after_retrydays(self):
         for kind, script in (('mail', {'RCPT': LATER}),
@@ -309,6 +349,157 @@ class Restarted(RelayCase):
         self.assertEqual([[A], [B]], [m.to for m in self.upstream.mails])
 
 
+class Unanswered(RelayCase):
+    """A server takes the mail and hangs up before its reply."""
+
+    def tried_again(self, id, tries):
+        self.advance_until(lambda: self.spool.load(id).tries >= tries, 5)
+        wait_until(self.at_rest)
+
+    def test_it_is_parked_after_the_third_copy_restarts_or_not(self):
+        self.upstream.script['.'] = DROP
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        self.tried(id, 1)
+        self.assertLogged('WARNING', id, 'it may have arrived', 'try 1')
+        for tries in 2, 3:
+            self.end()
+            self.begin({'sleeptime': 10})
+            self.tried_again(id, tries)
+
+        self.advance(DAY)
+
+        self.assertLogged('ERROR', id, 'it may have arrived, 3 times')
+        self.assertTrue(self.spool.load(id).parked)
+        self.assertEqual(3, len(self.verbs('DATA')))
+
+    def test_the_owner_may_have_it_sent_again(self):
+        self.upstream.script['.'] = [DROP] * 4 + [None]
+        self.begin({'sleeptime': 1})
+        id = self.put()
+        self.tried_again(id, 3)
+
+        self.reload()
+        self.tried_again(id, 4)
+        self.advance_until(lambda: self.upstream.mails, 1)
+
+        self.assertGone()
+
+    def test_what_ends_before_the_dot_or_is_answered_does_not_count(self):
+        for stage in 'MAIL', 'DATA':
+            self.upstream.script = {stage: DROP}
+            self.begin({'sleeptime': 1})
+            id = self.put()
+            self.tried_again(id, 4)
+
+            self.assertEqual(0, self.spool.load(id).unanswered)
+            self.clear()
+
+
+class LongLines(RelayCase):
+    """A server that refuses what has lines of more than 998 bytes."""
+    REFUSAL = '550 maximum allowed line length is 998 octets, got 8000'
+    HEADER = b'Subject: x\r\nTo: ' + b'a@example.org, ' * 100 + b'b@x\r\n'
+
+    def strict(self, config=None):
+        def judge(talk):
+            text = talk.server.seen[-1]
+            too_long = max(map(len, text.split(b'\r\n'))) > 998
+            return self.REFUSAL if too_long else None
+        def read_data(talk):
+            self.upstream.seen.append(usual(talk))
+            return self.upstream.seen[-1]
+        usual, self.upstream.seen = FakeSMTP.TALK.read_data, []
+        patch = mock.patch.object(FakeSMTP.TALK, 'read_data', read_data)
+        patch.start()
+        self.addCleanup(patch.stop)
+        self.upstream.script['.'] = judge
+        self.begin(dict({'sleeptime': 10}, **config or {}))
+
+    def test_the_mail_goes_again_at_once_with_lines_folded(self):
+        self.strict({'deleteonerror': 'true'})
+        for size in 8000, 300000:
+            body = b'\r\n..\r\n' + b'QUJD' * (size // 4) + b'\r\n'
+            with self.subTest(size):
+                id = self.put(content=self.HEADER + body)
+
+                self.assertGone()
+
+                mail = self.upstream.mails[-1]
+                self.assertEqual(
+                    self.HEADER + body, mail.raw.replace(b'\r\n Q', b'Q')
+                    .replace(b',\r\n a', b', a').replace(b'\r\n ', b''))
+                self.assertLogged('INFO', id, 'lines folded', '998 octets')
+
+    def test_what_is_signed_or_encrypted_is_parked_instead(self):
+        self.strict()
+        for header in (b'DKIM-Signature: v=1; a=x\r\n',
+                       b'Content-Type: multipart/signed; boundary=x\r\n',
+                       b'content-type: application/pkcs7-mime\r\n',
+                       b'Content-Type: multipart/encrypted; boundary=x\r\n'):
+            id = self.put(content=header + b'\r\n' + b'x' * 999 + b'\r\n')
+            with self.subTest(header):
+                wait_until(lambda: self.spool.load(id).parked)
+
+                self.assertLogged('ERROR', id, 'refused for good', '998')
+        self.assertEqual(4, len(self.verbs('DATA')))
+
+    def test_a_refusal_that_folding_does_not_cure_is_one(self):
+        for line, tries in (b'x' * 998, 1), (b'x' * 999, 2):
+            self.upstream.script['.'] = '554 5.6.0 line too long'
+            self.begin()
+            before = len(self.verbs('DATA'))
+            id = self.put(content=b'A: b\r\n\r\n' + line + b'\r\n')
+
+            wait_until(lambda: self.spool.load(id).parked)
+
+            self.assertEqual(tries, len(self.verbs('DATA')) - before)
+            self.clear()
+
+
+class TooMany(RelayCase):
+    """A server that takes so many recipients with one mail."""
+
+    def limited(self, reply, config=None):
+        """Takes two; puts a mail to five, returns its id."""
+        self.upstream.script['RCPT'] = lambda talk: (
+            reply if len(talk.mail.to) == 2 else None)
+        self.begin(dict({'sleeptime': 10}, **config or {}))
+        return self.put(['%d@example.org' % n for n in range(5)])
+
+    def test_all_have_the_mail_at_once(self):
+        for reply in '552 5.5.3 too many', '452 4.5.3 too many':
+            for delete in 'false', 'true':
+                with self.subTest(reply, deleteonerror=delete):
+                    self.limited(reply, {'deleteonerror': delete})
+
+                    self.assertGone()
+
+                    self.assertEqual([2, 2, 1], [
+                        len(mail.to) for mail in self.upstream.mails])
+                    self.upstream.mails.clear()
+                    self.clear()
+
+    def test_who_is_refused_when_alone_was_meant(self):
+        self.upstream.script['RCPT TO:<b@'] = '552 5.2.2 mailbox full'
+        self.begin()
+        id = self.put([A, B])
+
+        wait_until(lambda: self.spool.load(id).parked)
+
+        self.assertLogged('ERROR', id, 'refused for good',
+                          '552 5.2.2 mailbox full for <%s>;' % B)
+        self.assertEqual([[A]], [mail.to for mail in self.upstream.mails])
+
+    def test_nobody_gets_it_again_though_the_disk_is_full(self):
+        with mock.patch.object(smtpproxy.Spool, '_append',
+                               side_effect=OSError(28, 'disk full')):
+            self.limited('552 too many')
+            self.assertGone()
+
+        self.assertEqual(5, sum(len(m.to) for m in self.upstream.mails))
+
+
 class Absent(RelayCase):
     """A server that nobody can reach, or that says no."""
 
@@ -319,15 +510,19 @@ class Absent(RelayCase):
         self.advance_until(lambda: self.spool.load(id).tries >= tries, 10)
         return id
 
+    def nobody(self, error):
+        """As long as this context lasts no server can be reached."""
+        return mock.patch('smtps.connect', side_effect=error)
+
     def test_mail_goes_soon_after_the_way_to_a_server_is_back(self):
         for error in (ConnectionRefusedError(errno.ECONNREFUSED, 'refused'),
                       OSError(errno.ENETUNREACH, 'Network is unreachable'),
                       OSError(errno.EHOSTUNREACH, 'No route to host'),
                       socket.gaierror(socket.EAI_AGAIN, 'try again')):
             with self.subTest(error):
-                with mock.patch('socket.create_connection',
-                                side_effect=error):
-                    id = self.tried_in_vain(5)
+                with self.nobody(error) as connect:
+                    id = self.tried_in_vain(1)
+                    self.advance_until(lambda: connect.call_count > 50, 10)
                 back = self.clock.now
 
                 self.advance_until(lambda: not self.spool.load(id), 10)
@@ -335,6 +530,32 @@ class Absent(RelayCase):
                 self.assertLess(self.clock.now - back, 30)
                 self.assertLogged('INFO', 'is there again')
                 self.clear()
+
+    def test_that_nobody_is_there_is_said_and_stored_once(self):
+        with self.nobody(ConnectionRefusedError(111, 'refused')) as connect:
+            id = self.tried_in_vain(1)
+            size = os.path.getsize(self.path('msgs', id + '.mail'))
+
+            self.advance_until(lambda: connect.call_count > 9, 10)
+
+            self.assertEqual(1, self.log().count('refused; try 1'))
+            self.assertEqual(size, os.path.getsize(
+                self.path('msgs', id + '.mail')))
+            self.assertLogged('WARNING', id, 'each 10 seconds')
+
+    def test_no_pop_login_is_spent_while_nobody_takes_mail(self):
+        pop = self.serve(FakePOP())
+        self.begin({'sleeptime': 10}, {SENDER: self.account(
+            smtpport=unused_port(), popbeforesmtp='true', pophost=pop.host,
+            popport=pop.port, popssl='false', popusername='me',
+            poppassword='pw', popcheckdelay=5)})
+        self.tried(self.put(), 1)
+
+        for _ in range(9):
+            self.advance(10)
+            wait_until(self.at_rest)
+
+        self.assertEqual(1, pop.connections)
 
     def test_a_server_that_says_no_is_left_in_peace(self):
         self.upstream.script = {'': '421 4.3.2 busy'}
@@ -346,6 +567,145 @@ class Absent(RelayCase):
             wait_until(self.at_rest)
 
         self.assertEqual(before, self.upstream.connections)
+
+
+class PopBeforeSMTP(RelayCase):
+    """A POP login comes before the mail, and has to sink in."""
+
+    def setUp(self):
+        super().setUp()
+        self.pop = self.serve(FakePOP(clock=self.clock))
+
+    def begin(self, config=None, **keys):
+        super().begin(dict({'waitafterpop': 5}, **config or {}), {
+            SENDER: self.account(**dict({
+                'popbeforesmtp': 'true', 'pophost': self.pop.host,
+                'popport': self.pop.port, 'popssl': 'false',
+                'popusername': 'me', 'poppassword': 'pw'}, **keys))})
+
+    def assertAtRest(self, logins):
+        """So many POP logins, and nobody has anything to do now."""
+        self.pop.wait(logins)
+        wait_until(self.at_rest)
+        self.assertEqual(logins, len(self.pop.logins))
+
+    def test_all_mail_goes_once_the_login_has_sunk_in(self):
+        self.begin()
+        for _ in range(3):
+            self.put()
+        self.assertAtRest(1)
+        self.advance(4.9)
+        self.assertEqual(0, self.upstream.connections)
+
+        self.advance(.2)
+
+        self.upstream.wait(3)
+        self.assertGone()
+        self.assertEqual(1, len(self.pop.logins))
+
+    def test_a_stop_does_not_wait_for_that(self):
+        for delete in 'false', 'true':
+            with self.subTest(deleteonerror=delete):
+                self.begin({'waitafterpop': 3600, 'deleteonerror': delete})
+                self.put()
+                self.pop.wait(1)
+                start = time.monotonic()
+
+                self.end()
+
+                self.assertLess(time.monotonic() - start, 3)
+                self.assertSpooled(1)
+                self.assertNotLogged('stopped during a delivery')
+                shutil.rmtree(self.path('msgs'))
+
+    def opens(self, when):
+        """For a script: relays from that time on only."""
+        return lambda _: None if self.clock.now >= when else (
+            '550 5.7.1 Relaying denied: authenticate with POP first')
+
+    def seconds(self):
+        """When the POP logins were, counted from the first."""
+        return [int(at - self.pop.logins[0][1]) for _, at in self.pop.logins]
+
+    def test_mail_goes_though_the_login_sinks_in_late(self):
+        for delete in 'false', 'true':
+            with self.subTest(deleteonerror=delete):
+                self.upstream.script['RCPT'] = self.opens(self.clock.now + 15)
+                self.begin({'deleteonerror': delete, 'waitafterpop': 1})
+                for _ in range(3):
+                    self.put()
+
+                self.advance_until(lambda: len(self.upstream.mails) == 3, .5)
+
+                self.assertGone()
+                self.assertEqual([0, 1, 6], self.seconds())
+                self.assertNotLogged('ERROR')
+                self.clear()
+                self.upstream.mails.clear()
+                self.pop.logins.clear()
+
+    def test_after_three_more_logins_the_refusal_counts(self):
+        self.upstream.script['RCPT'] = '550 5.7.1 not today'
+        for delete, word, kept in (('false', 'kept in msgs', 1),
+                                   ('true', 'deleted', 0)):
+            with self.subTest(deleteonerror=delete):
+                self.begin({'deleteonerror': delete})
+                id = self.put()
+                self.advance_until(lambda: word in self.log(), 1)
+
+                self.assertLogged('ERROR', id, word, '550 5.7.1 not today')
+                self.assertSpooled(kept)
+                self.assertEqual([0, 5, 10, 20], self.seconds())
+                self.assertEqual(4, len(self.verbs('RCPT')))
+                self.clear()
+                self.pop.logins.clear()
+                self.upstream.commands.clear()
+
+    def test_who_has_taken_mail_since_the_login_knows_us(self):
+        self.upstream.script['RCPT TO:<%s>' % B] = '550 who is that?'
+        self.begin({'waitafterpop': 0})
+        self.put()
+        self.upstream.wait(1)
+
+        id = self.put(to=(B,))
+
+        self.assertLogged('ERROR', id, 'refused for good')
+        self.assertEqual(1, len(self.pop.logins))
+
+    def test_but_may_forget_us_before_the_login_is_old(self):
+        self.begin({'waitafterpop': 0})
+        self.put()
+        self.upstream.wait(1)
+        self.upstream.script['RCPT'] = ['554 5.7.1 Relay access denied', None]
+
+        self.put()
+        self.assertAtRest(2)
+        self.advance(5)
+
+        self.upstream.wait(2)
+
+    def test_who_has_got_it_before_that_gets_it_once(self):
+        self.upstream.script['RCPT TO:<%s>' % B] = ['550 5.7.1 no', None]
+        self.upstream.script['RCPT TO:<%s>' % C] = '550 5.1.1 never'
+        self.begin({'waitafterpop': 0})
+        id = self.put(to=(A, B, C))
+        self.assertAtRest(2)
+        self.assertEqual(([B], [C]), (self.spool.load(id).to, list(
+            self.spool.load(id).refused)))
+
+        self.advance(5)
+
+        self.assertEqual([[A], [B]], [m.to for m in self.upstream.wait(2)])
+        self.assertLogged('ERROR', id, 'refused for good', '5.1.1 never')
+
+    def test_what_comes_meanwhile_hears_what_it_waits_for(self):
+        self.begin()
+        self.put()
+        self.assertAtRest(1)
+
+        id = self.put()
+
+        self.assertLogged('INFO', id, 'the POP login has to sink in')
 
 
 class OneAccountAndAnother(RelayCase):
@@ -388,18 +748,13 @@ class OneAccountAndAnother(RelayCase):
                           'next one in 10 seconds')
 
     def test_nor_does_one_that_comes_while_the_account_fails(self):
-        held, both = threading.Event(), threading.Event()
-        self.addCleanup(held.set)
-        self.two({'': '421 4.3.2 busy'})
-        self.relay.inbox.put(lambda: both.wait(5))
+        self.two({'': lambda talk: (
+            self.wait_at_gate(talk) or '421 4.3.2 busy')})
         first = self.put()
-        self.relay.inbox.put(lambda: held.wait(5))
+        wait_until(lambda: self.upstream.connections)
         self.put()
-        both.set()
-        wait_until(lambda: self.upstream.connections and not any(
-            lane.workers for lane in list(self.relay.lanes.values())))
 
-        held.set()
+        self.gate.set()
 
         self.assertEqual(1, self.tried(first, 1).tries)
         wait_until(self.at_rest)
@@ -413,7 +768,7 @@ class OneAccountAndAnother(RelayCase):
         for turn in range(2, 5):
             self.advance_until(
                 lambda: self.upstream.connections >= turn, 2 ** turn)
-            wait_until(lambda: not self.relay.in_flight)
+            wait_until(lambda: not self.in_hand())
 
         self.assertEqual(4, self.upstream.connections)
 
@@ -456,32 +811,16 @@ class OneAccountAndAnother(RelayCase):
         self.assertSpooled(1)
         self.assertNotIn(bad, good)
 
-    def test_an_old_knock_says_nothing_about_a_server_that_answers(self):
-        for is_there in True, False:
-            with self.subTest(is_there):
-                self.two({'': '421 4.3.2 busy'})
-                self.tried(self.put(), 1)
-                lane = self.relay.lane_of(SENDER)
-
-                self.relay.inbox.put(
-                    lambda: self.relay.knocked(lane, is_there))
-                self.advance(1)
-
-                self.assertGreater(lane.held_until, self.clock())
-                self.assertEqual(smtpproxy.FOREVER, lane.knock_at)
-                self.clear()
-                self.upstream = self.serve(FakeSMTP(clock=self.clock))
-
     def test_new_mail_joins_those_that_wait(self):
         self.two({'': '421 4.3.2 busy'})
-        self.assertEqual('', self.relay.outlook(SENDER))
         self.tried(self.put(), 1)
 
-        outlook = self.relay.outlook(SENDER)
-        self.put()
+        id = self.put()
+        other = self.put(sender=OTHER)
 
-        self.assertRegex(outlook, r'waits with 1 more for \S+ .*421.* busy')
-        self.assertEqual('', self.relay.outlook(OTHER))
+        self.assertLogged('INFO', id, 'accepted; it waits with 1 more for',
+                          '421 4.3.2 busy')
+        self.assertNotIn('waits', self.assertLogged(other, 'accepted'))
         self.assertEqual(1, self.upstream.connections)
 
 
@@ -525,8 +864,9 @@ class Verdicts(RelayCase):
                 self.assertEqual(expected == 'parked', mail.parked)
                 self.assertEqual(([A], 1), (mail.to, mail.tries))
                 self.assertIn(reply, mail.problem)
-                self.assertLogged('ERROR' if mail.parked else 'WARNING', id,
-                                  reply)
+                self.assertLogged(
+                    'ERROR' if mail.parked or 'AUTH' in script else 'WARNING',
+                    id, reply)
                 self.clear()
 
     def test_each_recipient_has_a_verdict_of_its_own(self):
@@ -581,6 +921,120 @@ class Verdicts(RelayCase):
             id, A, self.upstream.host, self.upstream.port), line)
 
 
+class Advised(RelayCase):
+    """What is known of a reply counts, not its first digit alone."""
+
+    LIMIT = ('554 5.7.0 The limit on the number of allowed outgoing messages '
+             'was exceeded. Try again later.')
+    CLOSED = '550 5.1.8 Access denied, bad outbound sender'
+
+    def limited(self, script, count=1, **config):
+        """The ids of so many mails; the first was tried."""
+        self.upstream.script = script
+        self.begin(dict({'sleeptime': 10}, **config))
+        with self.relay.queues.unrouted.changed:    # all of them at once
+            ids = [self.put() for _ in range(count)]
+        wait_until(lambda: any(
+            mail and mail.tries for mail in map(self.spool.load, ids))
+            and self.at_rest())
+        return ids
+
+    def test_a_refusal_that_passes_by_itself_is_tried_again(self):
+        self.upstream.script['RCPT'] = [
+            '554 5.7.1 Client host [203.0.113.9] blocked using zen.spamhaus'
+            '.org', None]
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        self.assertIn('block list', self.tried(id, 1).problem)
+
+        self.advance_until(lambda: self.upstream.mails, 1)
+
+        self.assertGone()
+
+    def test_one_that_never_passes_is_parked_at_once(self):
+        id, = self.limited({'MAIL': '451 4.1.0 invalid return path: not '
+                                    'owned by user'})
+
+        self.assertTrue(self.spool.load(id).parked)
+        self.assertLogged('ERROR', id, 'advice: ', 'forcefrom')
+
+    def test_the_advice_stands_in_log_and_queue_once(self):
+        self.begin()
+        self.upstream.script['RCPT'] = '550 5.1.1 user unknown'
+
+        id = self.put([A, B])
+
+        line = self.assertLogged('ERROR', id, 'for <%s>, <%s>; advice' % (
+            A, B))
+        self.assertEqual(1, line.count('correct it in the device'))
+        self.assertIn('; advice: ', self.spool.load(id).problem)
+
+    def test_a_limit_of_the_sender_defers_the_account_for_an_hour(self):
+        for stage in 'MAIL', 'RCPT', 'DATA', '.':
+            with self.subTest(stage):
+                before = len(self.verbs('MAIL'))
+                self.limited({stage: self.LIMIT}, 20)
+
+                self.advance(3000)
+                wait_until(self.at_rest)
+
+                self.assertLessEqual(       # of 20; one envelope went ahead
+                    len(self.verbs('MAIL')) - before, 2)
+                self.assertLogged('WARNING', 'next one in 3600 seconds')
+                self.upstream.script.clear()
+                self.advance_until(lambda: not self.spooled(), 300)
+                self.clear()
+
+    def test_who_has_the_mail_before_a_limit_does_not_get_it_again(self):
+        self.upstream.script['RCPT TO:<b@'] = [self.LIMIT, None]
+        self.begin({'sleeptime': 10})
+        self.tried(self.put([A, B]), 1)
+
+        self.advance_until(lambda: not self.spooled(), 600)
+
+        self.assertEqual([[A], [B]], [m.to for m in self.upstream.mails])
+
+    def test_what_needs_the_owner_is_an_error_once(self):
+        for script in ({'MAIL': self.CLOSED}, {'RCPT': self.CLOSED}, {
+                'EHLO': '550 5.7.1 Helo command rejected: need a name',
+                'HELO': '550 5.7.1 Helo command rejected: need a name'}):
+            with self.subTest(script):
+                ids = self.limited(script, 2)
+                connections = self.upstream.connections
+
+                self.advance_until(lambda: (
+                    self.upstream.connections > connections + 3), 1200)
+
+                self.assertEqual(1, self.log().count(' ERROR '))
+                self.assertNotLogged(' WARNING ')
+                self.assertEqual(2, len(self.spooled()), ids)
+                self.clear()
+                os.unlink(self.path('smtpproxy.log'))
+
+    def test_a_login_refused_is_not_tried_each_minute(self):
+        self.upstream.script['AUTH'] = '535 5.7.8 Error: authentication failed'
+        self.begin({'sleeptime': 10}, {SENDER: self.account(
+            smtpusername='me', smtppassword='pw')})
+        id = self.put()
+        self.assertIn('app password', self.tried(id, 1).problem)
+        before = self.upstream.connections
+
+        self.advance(3500)
+        wait_until(self.at_rest)
+
+        self.assertEqual(before, self.upstream.connections)
+
+    def test_deleteonerror_deletes_what_would_pass_by_itself(self):
+        self.upstream.script['RCPT'] = self.LIMIT
+        self.begin({'deleteonerror': 'true'})
+
+        ids = [self.put() for _ in range(2)]
+
+        self.assertGone()
+        for id in ids:
+            self.assertLogged('ERROR', id, 'deleted', 'smtprate')
+
+
 class MoreConnections(RelayCase):
 
     def crowd(self, count, script=None, **keys):
@@ -625,6 +1079,106 @@ class MoreConnections(RelayCase):
                 self.assertNotLogged('WARNING')
                 self.assertNotLogged('ERROR')
                 self.assertLess(self.upstream.connections, 8)
+
+
+class Away(RelayCase):
+    """A disk that is away for a moment: nothing is forgotten, nothing is
+    sent twice."""
+
+    def park(self):
+        self.upstream.script['RCPT'] = NEVER
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        wait_until(lambda: self.spool.load(id).parked and self.at_rest())
+        self.upstream.script.clear()
+        return id
+
+    @contextlib.contextmanager
+    def away(self, instead=False):
+        """msgs/ is elsewhere; instead: an empty folder is in its place."""
+        os.rename(self.path('msgs'), self.path('away'))
+        if instead:
+            os.mkdir(self.path('msgs'))
+        yield
+        if instead:
+            os.rmdir(self.path('msgs'))
+        os.rename(self.path('away'), self.path('msgs'))
+
+    @contextlib.contextmanager
+    def unreadable(self):
+        """No mail can be read: EIO."""
+        def open_(path, *arguments, **options):
+            if str(path).endswith('.mail'):
+                raise OSError(errno.EIO, 'Input/output error', path)
+            return real(path, *arguments, **options)
+        real = open
+        with mock.patch('builtins.open', open_):
+            yield
+
+    def test_a_reload_meanwhile_is_made_up_for(self):
+        for instead in False, True:
+            with self.subTest(instead=instead):
+                count = len(self.upstream.mails)
+                self.park()
+                with self.away(instead):
+                    self.reload()
+                    self.assertLogged(self.path('msgs'), 'cannot be read')
+                    self.advance(10)
+
+                self.advance_until(lambda: self.upstream.mails[count:], 10)
+
+                self.assertGone()
+                self.clear()
+                self.write('smtpproxy.log', '')
+
+    def test_a_parked_mail_that_cannot_be_read_is_tried_later(self):
+        for ask in self.reload, lambda: self.spool.ask('all', 'retry'):
+            with self.subTest(ask):
+                count = len(self.upstream.mails)
+                id = self.park()
+                with self.unreadable():
+                    ask()
+                    self.advance(10)
+                    self.assertLogged(id, 'cannot be read')
+
+                self.advance_until(lambda: self.upstream.mails[count:], 10)
+
+                self.assertGone()
+                self.assertEqual(count + 1, len(self.upstream.mails))
+                self.clear()
+
+    def test_a_mail_that_cannot_be_read_at_a_reload_is_in_one_place(self):
+        self.upstream.script['RCPT'] = [LATER, None]
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        self.tried(id, 1)
+        with self.unreadable():
+            for _ in range(3):
+                self.reload()
+                self.advance(10)
+                self.assertLessEqual(sum(
+                    id in queue for queue in self.relay.queues), 1)
+
+        self.advance_until(lambda: self.upstream.mails, 10)
+        self.advance(3600)
+
+        self.assertGone()
+        self.assertEqual(1, len(self.upstream.mails))
+
+    def test_what_was_delivered_meanwhile_is_not_sent_again(self):
+        self.upstream.script['.'] = self.wait_at_gate
+        self.begin({'sleeptime': 10})
+        id = self.put()
+        wait_until(lambda: self.verbs('DATA'))
+        with self.away():
+            self.gate.set()
+            self.assertLogged('ERROR', id, 'cannot be removed')
+            self.advance(10)
+        self.reload()
+
+        self.advance_until(lambda: not self.spooled(), 10)
+
+        self.assertEqual(1, len(self.upstream.mails))
 
 
 class Misfortune(RelayCase):
@@ -755,11 +1309,11 @@ class Misfortune(RelayCase):
         self.upstream.script[''] = lambda talk: (
             self.wait_at_gate(talk) or '421 4.3.2 busy')
         self.begin()
-        id, stopping = self.put(), self.relay.stopping
+        id, relay = self.put(), self.relay
         wait_until(lambda: self.upstream.connections)
         stopper = threading.Thread(target=self.end, name='stopper')
         stopper.start()
-        stopping.wait(5)
+        wait_until(lambda: relay.queues.unrouted.closed)
         start = time.monotonic()
 
         self.gate.set()
@@ -769,6 +1323,22 @@ class Misfortune(RelayCase):
         self.assertNotLogged('stopped during a delivery')
         self.assertLogged('WARNING', id, '421 4.3.2 busy')
         self.assertSpooled(1)
+
+    def test_no_thread_goes_on_after_a_stop(self):
+        self.upstream.script['.'] = lambda talk: self.wait_at_gate(talk)
+        self.begin()
+        for _ in range(5):
+            self.put()
+        wait_until(lambda: self.verbs('DATA'))
+        stopper = threading.Thread(target=self.end, name='stopper')
+        stopper.start()
+        wait_until(lambda: not self.relay)
+
+        self.gate.set()
+
+        stopper.join()
+        wait_until(lambda: not any(thread.name.startswith('relay-')
+                                   for thread in threading.enumerate()))
 
     def test_stop_ends_a_lingering_connection_at_once(self):
         self.begin()

@@ -6,6 +6,7 @@ import unittest
 from unittest import mock
 
 import smtpproxy
+import smtps
 from tests.case import FolderCase
 
 CONFIG = {'port': 25, 'host': '', 'sleeptime': 30, 'debuglevel': 0,
@@ -15,6 +16,8 @@ CONFIG = {'port': 25, 'host': '', 'sleeptime': 30, 'debuglevel': 0,
 LOGGING = {'size': 1000000, 'count': 10, 'level': 'INFO'}
 ACCOUNT = {'localhostname': '', 'smtphost': 'mx', 'smtpport': 25,
            'smtpsecurity': 'none', 'smtpusername': '', 'smtppassword': '',
+           'smtppasswordfile': '', 'poppasswordfile': '',
+           'localpasswordfile': '',
            'smtpauth': 'auto', 'smtpweaktls': False, 'tlsverify': True,
            'tlscafile': '', 'popbeforesmtp': False, 'pophost': '',
            'popport': 995, 'popssl': True, 'popusername': '',
@@ -123,7 +126,7 @@ class Defaults(SettingsCase):
         self.assertEqual([], settings.warnings)
 
     def test_private_networks_only_may_send(self):
-        networks = smtpproxy.Networks(self.load('').config.allow)
+        networks = smtps.Networks(self.load('').config.allow)
 
         for address, allowed in (
                 ('127.0.0.1', 1), ('10.1.2.3', 1), ('172.16.0.1', 1),
@@ -176,6 +179,12 @@ class Reading(SettingsCase):
             with self.subTest(text):
                 settings = self.load('[config]\ndeleteonerror=%s\n' % text)
                 self.assertIs(value, settings.config.deleteonerror)
+
+    def test_popssl_knows_stls_too(self):
+        for text, value in (('true', True), ('off', False), ('TLS', 'tls')):
+            with self.subTest(text):
+                account = self.account('smtphost=mx\npopssl=%s\n' % text)
+                self.assertEqual(value, account.popssl)
 
     def test_choices_in_any_case(self):
         account = self.account(
@@ -290,9 +299,12 @@ class Mistakes(SettingsCase):
         ('default', 'popport=65536', '65535'),
         ('default', 'smtpconnections=101', 'from 1 to 100'),
         ('default', 'smtpsecurity=starttls', 'none, tls, ssl'),
-        ('default', 'smtpauth=xoauth2', 'cram-md5'),
+        ('default', 'smtpauth=ntlm', 'cram-md5'),
         ('default', 'replyto=me', 'mail address'),
         ('default', 'forcefrom=a@b <c', 'mail address'),
+        ('default', 'forcefrom=Me <bücher@b>', 'ASCII'),
+        ('default', 'replyto=me@bücher.example', 'ASCII'),
+        ('default', 'returnpath=bücher@b', 'ASCII'),
         ('default', 'localhostname=my box', 'blanks'),
         ('default', 'tlscafile=none.pem', 'no such file'))
 
@@ -354,6 +366,129 @@ class Mistakes(SettingsCase):
         self.assertNotIn('hu', mistakes[0].partition('smtppassword')[2])
 
 
+ME = 'oauth=microsoft\noauthclientid=id\nsmtpusername=me@example.org\n'
+OTHER = ('oauth=other\noauthclientid=id\nsmtpusername=me@example.org\n'
+         'smtphost=mx.example.org\nsmtpsecurity=tls\noauthscope=mail\n'
+         'oauthtokenurl=https://login.example.org/token\n')
+URL = 'https://login.microsoftonline.com/common/oauth2/v2.0/'
+
+
+class OAuth(SettingsCase):
+
+    def test_four_lines_are_an_account_at_microsoft(self):
+        account = self.account(ME)
+
+        for key, value in {
+                'smtphost': 'smtp.office365.com', 'smtpport': 587,
+                'smtpsecurity': 'tls', 'smtpconnections': 2,
+                'oauthflow': 'device', 'oauthtokenurl': URL + 'token',
+                'oauthdeviceurl': URL + 'devicecode',
+                'oauthauthurl': URL + 'authorize', 'oauthscope':
+                'https://outlook.office.com/SMTP.Send offline_access'}.items():
+            with self.subTest(key):
+                self.assertEqual(value, getattr(account, key))
+
+    def test_four_lines_are_an_account_at_google(self):
+        account = self.account(ME.replace('microsoft', 'Google'))
+
+        self.assertEqual(('smtp.gmail.com', 587, 'tls', 'browser',
+                          'https://mail.google.com/'), (
+            account.smtphost, account.smtpport, account.smtpsecurity,
+            account.oauthflow, account.oauthscope))
+
+    def test_what_the_owner_sets_stays(self):
+        account = self.account(
+            ME + 'smtphost=mx\nsmtpsecurity=ssl\nsmtpconnections=1\n'
+            'oauthscope=x y\noauthtenant=example.org\noauthauthurl=https://a/b'
+            '\noauthflow=browser\nsmtpauth=oauthbearer\n')
+
+        self.assertEqual(('mx', 465, 1, 'x y', 'https://a/b', 'browser'), (
+            account.smtphost, account.smtpport, account.smtpconnections,
+            account.oauthscope, account.oauthauthurl, account.oauthflow))
+        self.assertIn('/example.org/', account.oauthtokenurl)
+
+    def test_an_app_asks_for_what_it_may_have(self):
+        account = self.account(ME + 'oauthflow=app\noauthclientsecret=x\n'
+                               'oauthtenant=example.org\n')
+
+        self.assertEqual('https://outlook.office365.com/.default',
+                         account.oauthscope)
+
+    def test_another_provider_has_the_flow_that_it_has_an_address_for(self):
+        device = self.account(OTHER + 'oauthdeviceurl=https://a/d\n')
+        browser = self.account(OTHER + 'oauthauthurl=http://127.0.0.1:1/a\n')
+
+        self.assertEqual(('device', 'browser'),
+                         (device.oauthflow, browser.oauthflow))
+
+    def test_each_mistake_is_named(self):
+        for text, *words in (
+                (ME + 'smtppassword=hush', 'smtppassword', 'exclude'),
+                (ME.replace('smtpusername', '#'), 'smtpusername', 'missing'),
+                (ME.replace('oauthclientid', '#'), 'oauthclientid', 'missing'),
+                (ME.replace('microsoft', 'gogle'), 'oauth =', 'google'),
+                (ME + 'oauthtokenurl=http://a/b', 'oauthtokenurl', 'https'),
+                (ME + 'oauthauthurl=a/b', 'oauthauthurl', 'https'),
+                (ME + 'oauthtokenurl=https://a:x/', 'oauthtokenurl', 'https'),
+                (ME + 'oauthtokenurl=https://u:p@a/', 'oauthtokenurl'),
+                (ME + 'smtpsecurity=none', 'smtpsecurity', 'tls or ssl'),
+                (ME + 'oauthflow=app\noauthtenant=me.org',
+                 'oauthclientsecret', 'missing'),
+                (ME + 'oauthflow=app\noauthclientsecret=x', 'oauthtenant'),
+                (ME + 'oauthtenant=a/b', 'oauthtenant = a/b'),
+                (ME + 'oauthflow=code', 'oauthflow', 'device'),
+                (ME + 'smtpauth=plain', 'smtpauth', 'xoauth2'),
+                (ME + 'oauthport=70000', 'oauthport', '65535'),
+                (ME.replace('microsoft', 'google') + 'oauthflow=app\n'
+                 'oauthclientsecret=x', 'oauthflow', 'browser'),
+                (OTHER.replace('oauthtokenurl', '#')
+                 + 'oauthauthurl=https://a/b', 'oauthtokenurl', 'missing'),
+                (OTHER.replace('oauthscope', '#') + 'oauthauthurl=https://a/b',
+                 'oauthscope', 'missing'),
+                (OTHER, 'oauthauthurl', 'missing'),
+                (OTHER + 'oauthflow=device', 'oauthdeviceurl', 'missing'),
+                ('smtphost=mx\noauthclientid=x', 'oauthclientid', 'oauth='),
+                ('smtphost=mx\nsmtpauth=xoauth2', 'smtpauth', 'oauth=')):
+            with self.subTest(text):
+                self.assertMistake('[a@b]\n%s\n' % text, '[a@b]', *words)
+
+    def test_plain_text_is_fine_as_long_as_it_stays_on_the_box(self):
+        for host in '127.0.0.1', 'localhost', '::1':
+            account = self.account(ME + 'smtpsecurity=none\nsmtphost=' + host)
+
+            self.assertEqual('none', account.smtpsecurity)
+
+    def test_sections_with_one_sign_in_must_agree(self):
+        for key in ('oauthscope=x', 'oauthflow=browser',
+                    'oauthtenant=example.org', 'oauthclientsecret=hush'):
+            with self.subTest(key):
+                self.assertMistake(
+                    '[a@b]\n%s[c@d]\n%s%s\n' % (ME, ME.upper().replace(
+                        '=ID', '=id'), key), '[c@d]', key.partition('=')[0],
+                    '[a@b]')
+
+    def test_one_sign_in_is_known_by_the_section_that_holds_its_keys(self):
+        settings = self.load('[x@y]\nuse=A@b\n[A@b]\n%s[c@d]\n%s[e@f]\n%s' % (
+            ME, ME + 'replyto=a@b\n', ME.replace('=id', '=another')))
+
+        self.assertEqual(['a@b', 'e@f'], list(settings.grants.values()))
+        self.assertEqual('a@b', settings.grants[
+            settings.accounts['x@y'].grant])
+
+    def test_a_secret_is_masked_like_a_password(self):
+        account = self.account(ME + 'oauthclientsecret=hush\n')
+        mistakes = self.mistakes('[a@b]\n%soauthclientsecret=hu\1sh\n' % ME)
+
+        self.assertNotIn('hush', repr(account))
+        self.assertNotIn('sh', mistakes[0].partition('secret')[2][:20])
+
+    def test_sign_ins_are_kept_beside_the_ini_in_a_folder_of_their_own(self):
+        self.assertEqual(self.path('tokens'),
+                         self.load('[config]\n').config.tokendir)
+        self.assertMistake('[config]\nmsgdir=m\ntokendir=m\n', 'tokendir')
+        self.assertMistake('[config]\ntokendir=.\n', 'tokendir')
+
+
 class Warnings(SettingsCase):
 
     def warnings(self, text, mode=0o600):
@@ -362,6 +497,12 @@ class Warnings(SettingsCase):
         return '\n'.join(
             warning for warning in smtpproxy.load(path).warnings
             if not warning.startswith(smtpproxy.HOME))
+
+    def test_stls_on_the_port_where_tls_begins_at_once(self):
+        account = '[a@b]\nsmtphost=mx\npopssl=tls\n'
+
+        self.assertIn('popssl=true', self.warnings(account))
+        self.assertEqual('', self.warnings(account + 'popport=110\n'))
 
     def test_an_ini_with_passwords_that_others_can_read(self):
         secret = '[a@b]\nsmtphost=mx\nlocalpassword=x\n'
@@ -448,8 +589,121 @@ class Warnings(SettingsCase):
                 self.assertEqual('', self.warnings(
                     self.ini(section, key, most)))
 
+    def test_sections_that_could_share_a_login_but_do_not(self):
+        one, same, other = ('[%s]\nsmtphost=mx\nsmtpusername=me\n'
+                            'smtppassword=pw\n%s' % pair for pair in (
+                                ('a@b', ''), ('c@d', 'replyto=x@y\n'),
+                                ('e@f', 'smtpport=587\nsmtpsecurity=tls\n')))
+        third = other.replace('e@f', 'g@h') + 'smtpauth=plain\n'
+
+        self.assertEqual('', self.warnings(one + same + other))
+        self.assertIn('[e@f], [g@h] have the same smtphost',
+                      self.warnings(one + same + other + third))
+
+    # smtphost, and what the warning says of it
+    HOSTS = (('smtp.x.com:587', 'only smtp.x.com; 587 has a key of its own'),
+             ('smtp://smtp.x.com', 'only smtp.x.com'),
+             ('smtps://smtp.x.com:465/', 'only smtp.x.com; 465 has'),
+             ('"smtp.x.com"', 'only smtp.x.com'), ('"mx":25', 'only mx'),
+             ('smtp.x.com # GMX', 'only smtp.x.com'),
+             ('mx;comment', 'only mx'), ('mx, my', 'only mx'),
+             ('[::1]', 'only ::1'), ('[::1]:25', 'only ::1; 25 has'),
+             ('me@x.com', 'no mail address; x.com, perhaps?'),
+             ('smtp://me:secret@mx:25', 'mx, perhaps?'))
+
+    def test_a_host_that_is_more_than_a_name_is_told_what_was_meant(self):
+        for key in 'smtphost', 'pophost', 'host':
+            section = 'config' if key == 'host' else 'a@b'
+            for text, meant in self.HOSTS:
+                with self.subTest(key, text=text):
+                    warnings = self.warnings('[%s]\n%s=%s\n%s' % (
+                        section, key, text, {
+                            'pophost': 'smtphost=mx\n', 'smtphost': '',
+                            'host': '[a@b]\nsmtphost=mx\n'}[key]))
+                    self.assertIn('[%s] %s ' % (section, key), warnings)
+                    self.assertIn(meant, warnings)
+                    self.assertNotIn('secret', warnings)
+
+    def test_a_name_and_an_address_are_hosts(self):
+        for host in ('mx', 'smtp.x.com', 'bücher.example', '192.0.2.1', '::1',
+                     'fe80::1%eth0', '2001:db8::25', 'my_box.lan.'):
+            with self.subTest(host):
+                self.assertEqual('', self.warnings(
+                    '[a@b]\nsmtphost=%s\n' % host))
+
+    def test_a_section_that_no_sender_has_is_told_what_was_meant(self):
+        for name, meant in (
+                ('Printer <p@home.lan>', 'p@home.lan'), ('<p@x>', 'p@x'),
+                ('"p@x"', 'p@x'), ('@home.lan', '*@home.lan'),
+                ('p*@home.lan', '*@home.lan'), ('*', 'default'),
+                ('*@*', 'default')):
+            with self.subTest(name):
+                self.assertIn('do you mean [%s]?' % meant, self.warnings(
+                    '[%s]\nsmtphost=mx\n' % name))
+
     def test_an_ini_without_an_account(self):
         self.assertIn('no account', self.warnings('[config]\n'))
+
+
+class PasswordFiles(SettingsCase):
+
+    KEYS = 'smtppassword', 'poppassword', 'localpassword'
+
+    def test_the_first_line_of_the_file_is_the_password(self):
+        for content in (b'se cret#\n', b'se cret#\r\nmore\n', b'se cret#',
+                        b'\xef\xbb\xbfse cret#\n'):
+            for key in self.KEYS:
+                with self.subTest(key, content=content):
+                    self.write('secret', content)
+                    account = self.account(
+                        'smtphost=mx\n%sfile=secret\n' % key)
+                    self.assertEqual('se cret#', getattr(account, key))
+                    self.assertEqual(self.path('secret'),
+                                     getattr(account, key + 'file'))
+
+    def test_an_account_is_complete_with_files(self):
+        self.write('secret', 'x')
+        settings = self.load(
+            '[a@b]\nsmtphost=mx\nsmtpusername=me\nsmtppasswordfile=secret\n'
+            'popbeforesmtp=true\npophost=pop\npopusername=me\n'
+            'poppasswordfile=secret\n')
+
+        self.assertEqual(([], []), (settings.missing, [
+            line for line in settings.warnings if 'login' in line]))
+
+    def test_a_password_and_its_file_exclude_each_other(self):
+        self.write('secret', 'x')
+        for key in self.KEYS:
+            with self.subTest(key):
+                self.assertMistake(
+                    '[a@b]\nsmtphost=mx\n%s=y\n%sfile=secret\n' % (key, key),
+                    '[a@b] %s and %sfile' % (key, key))
+
+    UNREADABLE = (('no such file', None), ('nothing', b''), ('blank', b' \nx'),
+                  ('control characters', b'x\0y'), ('no UTF-8', b'\xff'))
+
+    def test_a_file_that_cannot_be_read_is_named_but_not_shown(self):
+        for what, content in self.UNREADABLE:
+            with self.subTest(what):
+                if content is not None:
+                    self.write('secret', content)
+                settings = self.load(
+                    '[a@b]\nsmtphost=mx\nsmtppasswordfile=secret\n')
+                line, = settings.missing
+                self.assertIn('[a@b] smtppasswordfile = %s cannot be read: '
+                              % self.path('secret'), line)
+                self.assertEqual('', settings.accounts['a@b'].smtppassword)
+
+    def test_a_file_that_anybody_can_read_is_a_warning(self):
+        path = self.write('secret', 'x')
+        text = '[a@b]\nsmtphost=mx\nlocalpasswordfile=secret\n'
+        for mode in 0o600, 0o640, 0o440:
+            os.chmod(path, mode)
+            self.assertNotIn('password in it', str(self.load(text).warnings))
+
+        os.chmod(path, 0o644)
+
+        self.assertIn('chmod o-rwx %s' % path, str(self.load(text).warnings))
 
 
 @unittest.skipUnless(os.getuid() == 0, 'needs root')

@@ -10,6 +10,7 @@ by one, must come to the same, so most dialogues are held in all three ways.
     M: sender -> recipients of a mail that the program took
     =: the bytes of that mail
 """
+import base64
 import contextlib
 import logging
 import os
@@ -19,6 +20,7 @@ import resource
 import socket
 import struct
 import sys
+import textwrap
 import threading
 import time
 import unittest
@@ -64,7 +66,7 @@ def bytewise(data):
     return [data[i:i + 1] for i in range(len(data))]
 
 
-class Kept(smtps.Receiver):
+class Kept(smtps.Message):
     """A mail as it arrived: sender, to, parameters, client, content."""
 
     def __init__(self, case, client, sender, to, parameters):
@@ -76,6 +78,7 @@ class Kept(smtps.Receiver):
 
     def commit(self):
         self.case.mails.append(self)
+        return super().commit()
 
     def abort(self):
         self.case.aborted.append(self)
@@ -190,12 +193,16 @@ class ListenerCase(unittest.TestCase):
         return client
 
     def send_apart(self, client, data, cut):
-        """Sends data in two pieces that are not read at once: there is one
-        desk, so who is served later shows that the first piece was read."""
+        """Sends data in two pieces that are not read at once."""
         client.socket.sendall(data[:cut])
+        self.wait_for_the_loop()
+        client.socket.sendall(data[cut:])
+
+    def wait_for_the_loop(self):
+        """There is one event loop: who is served now shows that it has read
+        what was sent before."""
         with contextlib.closing(Client(self.address)) as other:
             other.expect('220')
-        client.socket.sendall(data[cut:])
 
     def assertServes(self):
         """Another client is served, mail and all."""
@@ -243,6 +250,31 @@ class ListenerCase(unittest.TestCase):
         for transcript, source in rows:
             with self.subTest(source, transcript=transcript):
                 self.converse_in_all_ways(transcript)
+
+
+# --- What a program gets ----------------------------------------------------
+
+class ALibrary(unittest.TestCase):
+
+    def example(self):
+        """The one that takes mail, in the docstring of smtps.py."""
+        text = smtps.__doc__
+        start = text.index('    import smtps\n')
+        text = text[start:text.index('\nTo deliver', start)]
+        return textwrap.dedent(text).replace("'', 2525", "'127.0.0.1', 0")
+
+    def test_the_example_of_the_manual_receives_mail(self):
+        known = {}
+        exec(self.example(), known)
+        self.addCleanup(known['server'].stop)
+        client = Client(known['server'].listeners[0].getsockname())
+        self.addCleanup(client.close)
+        client.expect('220')
+
+        client.converse(HELLO + DATA + 'C: Subject: x\nC:\nC: ..\nC: .')
+
+        client.expect('250 2.0.0 thank you')
+        self.assertEqual([b'Subject: x\r\n\r\n.\r\n'], known['mails'])
 
 
 # --- What devices say -------------------------------------------------------
@@ -314,10 +346,53 @@ class Dialects(ListenerCase):
                     'C: MAIL FROM:<a@x>\nS: 250\nC: %s\nS: 250 2.1.5\n'
                     'C: DATA\nS: 354\n%sM: a@x -> %s' % (line, END, to))
 
+    def test_several_addresses_in_one_path_are_as_many_recipients(self):
+        for path, to, source in (
+                ('<a@x.org;b@x.org>', 'a@x.org, b@x.org', 'ESPEasy#1692'),
+                ('<a@x,b@y>', 'a@x, b@y', 'dma#73'),
+                ('< a@x ; b@x ,\\tc@x >', 'a@x, b@x, c@x', 'blanks'),
+                ('a@x,b@x', 'a@x, b@x', 'no brackets'),
+                ('a@x; b@x', 'a@x, b@x', 'no brackets, a blank'),
+                ('<a@x;b@x> NOTIFY=NEVER', 'a@x, b@x', 'a parameter'),
+                ('<@r,@s:a@x;b@x>', 'a@x, b@x', 'behind a route'),
+                ('Us <a@x;b@x>', 'a@x, b@x', 'with a name'),
+                ('<"a;b"@x;"c d,e"@x>', '"a;b"@x, "c d,e"@x', 'in quotes'),
+                ('<"a"@x;b@x;b@x;a@x>', 'a@x, b@x', 'one named twice'),
+                ('<u@[192.168.1.5],b@x>', 'u@[192.168.1.5], b@x', 'literal'),
+                ('<+49,123;ext=4@fax>', '+49,123;ext=4@fax', 'a fax'),
+                ('<a@x;+49,1@fax>', 'a@x;+49,1@fax', 'a fax'),
+                ('<a,b@x>', 'a,b@x', 'one address'),
+                ('<a@x;>', 'a@x;', 'nothing behind it'),
+                ('<a@x;b>', 'a@x;b', 'no domain'),
+                ('<a@x,@r:b@x>', 'a@x,@r:b@x', 'a route inside')):
+            with self.subTest(path, source=source):
+                self.converse_in_all_ways(
+                    'C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:%s\nS: 250\n'
+                    'C: DATA\nS: 354\n%sM: a@x -> %s' % (path, END, to))
+
+    def test_one_address_refused_refuses_all_of_its_command(self):
+        def refuse(session, recipient):
+            if recipient.startswith('no'):
+                raise smtps.Refused(550, '5.1.1 unknown')
+        with mock.patch.object(Keeper, 'rcpt', refuse):
+            for path, code in (
+                    ('<c@x;no@x>', '550 5.1.1'), ('<no@x,c@x>', '550 5.1.1'),
+                    ('<c@x;"a\\x01"@x>', '501 5.1.3'),
+                    ('<c@x;\\xff@x>', '553 5.6.7'),
+                    ('<c@x; d>', '501 5.1.3'), ('<c@x;>;d@x', '501 5.1.3'),
+                    ('<c@x;d@x> XYZ=1', '555 5.5.4')):
+                with self.subTest(path):
+                    self.converse_in_all_ways(ENVELOPE + (
+                        'C: RCPT TO:%s\nS: %s\nC: DATA\nS: 354\n' % (
+                            path, code)) + END + TAKEN)
+
     def test_parameters_of_extensions_not_offered_are_ignored(self):
         for words, source in (
                 ('BODY=7BIT', 'RFC 6152'), ('BODY=8BITMIME', 'RFC 6152'),
                 ('BODY=BINARYMIME', 'RFC 3030'), ('SIZE=0', 'RFC 1870'),
+                ('BODY=FOO', 'no RFC'), ('BODY', 'no value'),
+                ('BODY=\\xff\\x80', 'no letters'), ('SMTPUTF8=x', 'no RFC'),
+                ('SMTPUTF8=\\xff', 'no letters'),
                 ('SIZE', 'a keyword without value, simplesmtp#17'),
                 ('AUTH=<>', 'RFC 4954'), ('SMTPUTF8', 'RFC 6531'),
                 ('RET=HDRS ENVID=x', 'RFC 3461'), ('size=5', 'lower case'),
@@ -431,6 +506,17 @@ class Dialects(ListenerCase):
                 'L: u wrong\n' + MAIL, 'a guest')])
         self.assertGreater(time.monotonic() - begin, 0.15)
 
+    def test_a_program_says_what_may_be_offered(self):
+        text = base64.b64encode(b'user=me\1auth=Bearer T\1\1').decode()
+        with mock.patch.object(Keeper, 'mechanisms', ('XOAUTH2',)):
+            client = self.client()
+            self.assertIn('\nAUTH XOAUTH2\n', client.command('EHLO x')[1])
+            self.table([(HELLO + row, 'XOAUTH2') for row in (
+                'C: AUTH PLAIN AHUAcA==\nS: 504 5.5.4 AUTH takes XOAUTH2',
+                'C: AUTH XOAUTH2 %s\nS: 235\nL: me T' % text,
+                'C: auth xoauth2\nS: 334 \nC: %s\nS: 235\nL: me T' % text,
+                'C: AUTH XOAUTH2 dXNlcj1tZQ==\nS: 501')])
+
     def test_a_challenge_keeps_its_trailing_blank(self):
         """phpBB reads until byte 4 of a line is a blank."""
         client = self.client()
@@ -527,12 +613,22 @@ class Sequences(ListenerCase):
             ('C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<>\nS: 550 5.1.3\n',
              'nobody'),
             ('C: STARTTLS\nS: 502\n', 'not offered'),
-            ('C: FOO\nS: 500 5.5.2\nC: \nS: 500\nC: \\xff\\0\nS: 500\n'
+            ('C: FOO\nS: 500 5.5.2\nC: \\xff\\0\nS: 500\n'
              'C: BDAT 5 LAST\nS: 500\n' + MAIL, 'unknown commands'),
             ('C: MAIL FROM:<a@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\n'
              'C: RCPT TO:<c@x>\nS: 250\nC: RCPT TO:<b@x>\nS: 250\n'
-             'C: DATA\nS: 354\n' + END + 'M: a@x -> b@x, c@x, b@x',
-             'several recipients')))
+             'C: DATA\nS: 354\n' + END + 'M: a@x -> b@x, c@x',
+             'several recipients; one named twice is one')))
+
+    def test_one_empty_line_between_commands_is_ignored(self):
+        """Its reply would be taken for that to the next command."""
+        self.table((
+            (HELLO + 'C: \n' + MAIL + 'C: \n' + MAIL + 'C: \n' + QUIT,
+             'behind the dot: ESPEasy#5121, mailsac#13, ghettoVCB#71'),
+            ('C: \\n\n' + HELLO + 'C: \\r\\r\\n\n' + MAIL, 'any line end'),
+            ('C: NOOP\nS: 250\nC: \nC: \nS: 500 5.5.2\n' + MAIL, 'two'),
+            ('C: NOOP\nS: 250\nC: \\x20\nS: 500 5.5.2\n' + MAIL, 'a blank'),
+            ('C: AUTH PLAIN\nS: 334\nC: \nS: 501\n' + MAIL, 'an answer')))
 
     def test_a_client_may_leave_at_any_time(self):
         """Field notes 5.23: port scans and health checks are not noise."""
@@ -576,14 +672,19 @@ class Sequences(ListenerCase):
             self.assertEqual(1, client.read_until_closed().count(b'\n'))
 
     def test_hostile_commands_cost_no_time(self):
-        """A slow pattern would stop all clients: it runs at the desk."""
+        """A slow pattern would stop all clients: the event loop runs it."""
         for text in ('<' + ' ' * 2000, ' ' * 2000, '"' * 2001, '<' * 2000,
                      '<@' + ' ' * 1000 + '@:' * 500, '<"\\' * 700,
                      '<' + '"\\' * 1000, '<a> ' + 'SIZE=1 ' * 300,
-                     'x' * 2000 + '<', '<@' * 1000, '<a' + ' a' * 1000):
+                     'x' * 2000 + '<', '<@' * 1000, '<a' + ' a' * 1000,
+                     '<' + 'a@x;' * 500, 'a@x' + ' ' * 2000 + '"',
+                     'a@x; ' * 400 + '"', '"@x,' * 500,
+                     '<' + '"\\"@x;' * 330 + '>'):
             with self.subTest(text[:10]), contextlib.suppress(smtps.Refused):
                 begin = time.thread_time()
                 smtps.parse_path(text, '5.1.7')
+            with contextlib.suppress(smtps.Refused):
+                smtps.parse_recipients(text, '5.1.3')
             self.assertLess(time.thread_time() - begin, 0.02, text[:10])
 
 
@@ -638,10 +739,18 @@ class Addresses(unittest.TestCase):
                 with self.subTest(bad, written=written):
                     self.assertIsNone(self.accepted(written % bad))
 
-    def test_what_is_kept_of_the_parameters_can_be_kept(self):
-        for words in 'SMTPUTF8=x', 'SMTPUTF8=\udcff', 'BODY=<b>', 'BODY=\0':
+    def test_of_the_parameters_what_is_understood_is_kept(self):
+        """Issue 17: a strict server refuses the rest for good."""
+        for words, kept in (
+                ('BODY=7BIT SMTPUTF8', {'BODY': '7BIT', 'SMTPUTF8': ''}),
+                ('body=8bitmime', {'BODY': '8bitmime'}),
+                ('BODY=BINARYMIME', {}), ('BODY', {}), ('BODY=', {}),
+                ('BODY=FOO', {}), ('BODY=<b>', {}), ('BODY=\0', {}),
+                ('BODY=8B\u0131TMIME', {}), ('BODY=\udcff', {}),
+                ('SMTPUTF8=x', {}), ('SMTPUTF8=\udcff', {})):
             with self.subTest(words):
-                self.assertIsNone(self.accepted('<a@x> ' + words))
+                self.assertEqual(
+                    ('a@x', kept), smtps.parse_path('<a@x> ' + words, '5'))
 
 
 # --- Limits -----------------------------------------------------------------
@@ -661,6 +770,15 @@ class Limits(ListenerCase):
             (DATA + 'C: %s\nC: .\nS: 552 5.3.4\n%s' % (
                 'x' * 5000, QUIT), 'far too large')))
         self.assertEqual(6, len(self.aborted))
+
+    def test_a_large_mail_that_grows_too_large_is_read_to_its_end(self):
+        client = self.converse(HELLO + DATA)
+
+        client.send(b'x' * BIG + b'\r\n' + b'RSET\r\n' * 50000 + b'.\r\n')
+
+        client.expect('552 5.3.4')
+        self.converse(MAIL, client)
+        self.assertEqual(1, len(self.aborted))
 
     def test_a_mail_of_just_the_size_is_taken_however_it_is_split(self):
         content, client = b'x' * 998 + b'\r\n', self.converse(HELLO)
@@ -696,9 +814,11 @@ class Limits(ListenerCase):
         with mock.patch.object(smtps, 'RECIPIENTS', 3):
             self.table(((
                 'C: MAIL FROM:<a@x>\nS: 250\n'
-                + 'C: RCPT TO:<b@x>\nS: 250\n' * 3
-                + 'C: RCPT TO:<c@x>\nS: 452 4.5.3\nC: DATA\nS: 354\n' + END
-                + 'M: a@x -> b@x, b@x, b@x', 'RFC 5321 4.5.3.1.10'),))
+                + ''.join('C: RCPT TO:<%s@x>\nS: %s\n' % row for row in (
+                    ('b', 250), ('c', 250), ('d@x,e', '452 4.5.3'),
+                    ('d', 250), ('e', '452 4.5.3'), ('b', 250)))
+                + 'C: DATA\nS: 354\n' + END
+                + 'M: a@x -> b@x, c@x, d@x', 'RFC 5321 4.5.3.1.10'),))
 
     def test_too_many_errors(self):
         self.converse('C: FOO\nS: 500\n' * (smtps.ERRORS + 1)
@@ -842,7 +962,7 @@ def reset(sock):
 # --- TLS --------------------------------------------------------------------
 
 class Waiting(Keeper):
-    """Stops the desk while a client says HELO wait."""
+    """Stops the event loop while a client says HELO wait."""
     asked, go_on = threading.Event(), threading.Event()
 
     def hello(self, name):
@@ -915,7 +1035,7 @@ class TLS(ListenerCase):
         self.assertServes()
 
     def test_slow_handshakes_hold_up_nobody(self):
-        for _ in range(smtps.TEAM + 8):
+        for _ in range(smtps.WORKERS + 8):
             sock = socket.create_connection(self.tls_address, 10)
             self.addCleanup(sock.close)
             sock.sendall(b'\x16\x03\x01')
@@ -925,7 +1045,7 @@ class TLS(ListenerCase):
     def test_a_reset_before_the_handshake_is_survived(self):
         """A port scan: the connection is gone when it is accepted."""
         for _ in range(3):
-            with self.subTest(), self.desk_occupied():
+            with self.subTest(), self.loop_occupied():
                 for data in b'', b'\x16\x03\x01':
                     sock = socket.create_connection(self.tls_address, 10)
                     sock.sendall(data)
@@ -934,7 +1054,7 @@ class TLS(ListenerCase):
         self.assertServes()
 
     @contextlib.contextmanager
-    def desk_occupied(self):
+    def loop_occupied(self):
         client = self.client()
         client.send('HELO wait')
         self.assertTrue(Waiting.asked.wait(5))
@@ -961,7 +1081,7 @@ class TLS(ListenerCase):
         self.assertEqual(b'', client.socket.recv(10))
 
 
-# --- The clerk: mails that wait for the disk ---------------------------------
+# --- Mails that wait for the disk -------------------------------------------
 
 class Disk:
     """Notes who takes which step, and can be made to take long."""
@@ -982,10 +1102,10 @@ class OnDisk(Kept):
 
     def commit(self):
         self.case.disk.step('commit', self)
-        super().commit()
+        return super().commit()
 
 
-class Clerk(ListenerCase):
+class GroupCommit(ListenerCase):
 
     class SESSION(Keeper):
         MAIL = OnDisk
@@ -1002,8 +1122,7 @@ class Clerk(ListenerCase):
         return client
 
     def busy_with(self, content):
-        """The clerk has a mail in hand, and the disk takes long."""
-        self.client()                       # alone there is no need of him
+        """The disk has a mail in hand, and takes long."""
         self.disk.is_quick.clear()
         client = self.give(content)
         wait_until(lambda: self.disk.steps)
@@ -1012,7 +1131,7 @@ class Clerk(ListenerCase):
     def test_mails_that_wait_take_each_step_together(self):
         first = self.busy_with(b'1')
         others = [self.give(content) for content in (b'2', b'3')]
-        wait_until(lambda: self.server._sync.qsize() == 2)
+        self.wait_for_the_loop()
 
         self.disk.is_quick.set()
 
@@ -1032,6 +1151,66 @@ class Clerk(ListenerCase):
         self.disk.is_quick.set()
         first.expect('250')
 
+    @contextlib.contextmanager
+    def stuck(self, step):
+        """That step of a Message is begun and does not end."""
+        begun, goes_on = threading.Event(), threading.Event()
+        usual = getattr(OnDisk, step)
+
+        def wait(mail, *arguments):
+            begun.set()
+            goes_on.wait(10)
+            return usual(mail, *arguments)
+        with mock.patch.object(OnDisk, step, wait):
+            try:
+                yield begun
+            finally:
+                goes_on.set()
+
+    def test_a_disk_that_is_stuck_holds_up_no_other_client(self):
+        """Not even if there was no other when it got stuck."""
+        for step, size in (('write', 9), ('seal', 9), ('commit', 9),
+                           ('write', BIG), ('seal', BIG), ('commit', BIG)):
+            with self.subTest(step, size=size):
+                with self.stuck(step) as begun:
+                    client = self.give(b'x' * size)
+                    self.assertTrue(begun.wait(5))
+                    self.wait_for_the_loop()
+                client.expect('250')
+
+    def test_what_is_given_up_holds_up_no_other_client(self):
+        with self.stuck('abort') as begun:
+            client = self.converse(HELLO + DATA)
+            client.send(b'x' * BIG)
+            client.close()
+            self.assertTrue(begun.wait(5))
+            self.wait_for_the_loop()
+        wait_until(lambda: self.aborted)
+
+    def test_a_large_mail_is_whole_however_often_others_take_their_turn(self):
+        content = b''.join(b'%09d\r\n' % n for n in range(100000))
+        for turn in 1, 2, 1000:
+            with self.subTest(turn), mock.patch.object(smtps, 'TURN', turn):
+                self.give(content[:-2]).expect('250')
+                self.assertTrue(self.mails.pop().content == content)
+
+    def test_a_mail_without_end_does_not_keep_the_service_from_stopping(self):
+        client, sent = self.converse(HELLO + DATA), threading.Event()
+
+        def send():
+            with contextlib.suppress(OSError):
+                while True:
+                    client.socket.sendall(b'x' * BIG)
+                    sent.set()
+        threading.Thread(target=send, name='sender', daemon=True).start()
+        self.assertTrue(sent.wait(5))
+
+        begin = time.monotonic()
+        next(self.stop)
+
+        self.assertLess(time.monotonic() - begin, 4)
+        self.assertEqual(1, len(self.aborted))
+
     def test_a_small_mail_does_not_wait_for_the_sync_of_a_large_one(self):
         large = self.busy_with(b'L' * 10 * smtps.CHUNK)
         self.disk.steps.clear()
@@ -1044,18 +1223,19 @@ class Clerk(ListenerCase):
         small.expect('250')
         large.expect('250')
 
-    def test_a_mail_in_the_clerks_hands_survives_a_stop(self):
+    def test_a_mail_that_the_disk_has_in_hand_survives_a_stop(self):
         first = self.busy_with(b'1')
         stopping = threading.Thread(target=next, args=(self.stop, None),
                                     name='stop')
         stopping.start()
-        wait_until(lambda: self.server._stopping)
+        wait_until(lambda: not self.server.listeners)
 
         self.disk.is_quick.set()
 
         first.expect('250')
         stopping.join(5)
-        self.assertFalse(self.server._clerk.is_alive())
+        self.assertFalse([thread for thread in threading.enumerate()
+                          if thread.name == 'smtp-disk'])
 
 
 # --- Hooks that fail --------------------------------------------------------
@@ -1093,9 +1273,9 @@ class Faulty(Keeper):
 
     def data(self, sender, recipients, parameters):
         self.fail('data')
-        receiver = super().data(sender, recipients, parameters)
-        receiver.fail = self.fail
-        return receiver
+        message = super().data(sender, recipients, parameters)
+        message.fail = self.fail
+        return message
 
 
 class FaultyMail(Kept):
@@ -1110,11 +1290,7 @@ class FaultyMail(Kept):
 
     def commit(self):
         self.fail('commit')
-        super().commit()
-
-    def accepted(self):
-        self.fail('accepted')
-        return super().accepted()
+        return super().commit()
 
     def abort(self):
         super().abort()
@@ -1158,15 +1334,21 @@ class Hooks(ListenerCase):
         self.assertServes()
 
     def test_a_mail_that_is_safe_is_accepted_whatever_fails_then(self):
-        for error in (ValueError('on purpose'),
+        for error in (ValueError('on purpose'), SystemExit('on purpose'),
                       smtps.Refused(554, '5.0.0 on purpose')):
             with self.subTest(error=error):
-                Faulty.fault = {'accepted': error}
+                Faulty.fault = {'reset': error}
 
                 self.converse(HELLO + MAIL)
 
                 self.assertEqual([], self.aborted)
         Faulty.fault = {}
+
+    def test_a_mail_that_is_safe_is_accepted_whatever_its_text(self):
+        for text in None, '', 7, '2.0.0 \udcff', '2.0.0 grün':
+            with self.subTest(text=text), mock.patch.object(
+                    FaultyMail, 'commit', lambda mail, text=text: text):
+                self.converse(HELLO + DATA + END)
 
     def test_another_exception_is_answered_451_and_logged(self):
         for hook, _ in self.STEPS:
@@ -1179,13 +1361,11 @@ class Hooks(ListenerCase):
         self.assertServes()
 
     def test_not_even_an_exit_ends_more_than_the_command(self):
-        """With another client there, other threads than the desk do it."""
-        for hook, _ in self.STEPS * 2:
+        for hook, _ in self.STEPS:
             for error in SystemExit, KeyboardInterrupt, Thrown:
                 with self.subTest(hook, error=error):
                     fault = {hook: error('on purpose')}
                     self.assertEqual(451, self.replies(fault)[hook])
-            self.client()
         self.assertLogged('ERROR', '451')
         self.assertEqual([], self.mails)
         self.assertServes()
@@ -1321,7 +1501,10 @@ FALSE_ENDS = (
     b'\n\r.\n\r', b'\r\n\r.\r', b'\n.\r\r\n', b'\r\n.\0\r\n',
     b'\r\n\0.\r\n', b'\0\r\n\0.\0\r\n', b'\r\0\n.\r\0\n', b'\r\n.\r\0\n',
     b'\n\0.\n', b'\r\n..\n.\n', b'\r\n.\x0b\n', b'\r\n. \r\n',
-    b'\xc2\x85.\xc2\x85', b'\n.\n.\n.\n', b'\r\n.\n.\r', b'\r.\r.\r.\r')
+    b'\xc2\x85.\xc2\x85', b'\n.\n.\n.\n', b'\r\n.\n.\r', b'\r.\r.\r.\r',
+    b'\n.\nQUIT\n', b'\n.\nquit\nQUIT\n', b'\n.\nQUIT\r\n', b'\n.\nQU\n.\n',
+    b'\n.\n\n', b'\n.\n\r\n', b'\n.\nQUIT \n', b'\n.\n.\nQUIT\n',
+    b'\n\0.\nQUIT\n', b'\n.\n\0QUIT\n')
 EVIL = (b'MAIL FROM:<evil@x>\r\nRCPT TO:<evil@x>\r\nDATA\r\n'
         b'smuggled\r\n.\r\n')
 
@@ -1341,9 +1524,9 @@ def other_ends(content):
             if b'.' in re.split(line_end, text)]
 
 
-def read(chunks):
+def read(chunks, lf_only=False):
     """(content, rest, size) of bytes in chunks; rest may be None."""
-    reader, chunks, content = smtps.DataReader(), list(chunks), b''
+    reader, chunks, content = smtps.DataReader(lf_only), list(chunks), b''
     while chunks and reader.rest is None:
         reader.feed(chunks.pop(0))
         content += reader.take()
@@ -1370,11 +1553,13 @@ class Smuggling(ListenerCase):
         for end in FALSE_ENDS:
             stream = b'before' + end + EVIL + b'QUIT\r\n'
             cut = stream.index(TRUE_END, len(b'before' + end)) + 5
-            with self.subTest(end):
-                for place in range(len(stream)):
-                    content, rest, _ = read([stream[:place], stream[place:]])
-                    self.assertEqual(stream[cut:], rest, place)
-                    self.assertEqual([], other_ends(content), place)
+            for place in range(len(stream)):
+                for lf_only in False, True:
+                    with self.subTest(end, place=place, lf_only=lf_only):
+                        content, rest, _ = read(
+                            [stream[:place], stream[place:]], lf_only)
+                        self.assertEqual(stream[cut:], rest)
+                        self.assertEqual([], other_ends(content))
 
     def test_the_true_end_is_one_split_anywhere(self):
         stream = b'before' + TRUE_END + EVIL
@@ -1383,13 +1568,16 @@ class Smuggling(ListenerCase):
                 [stream[:place], stream[place:]]))
 
     def test_a_client_gets_one_mail_through(self):
+        """Also one that has sent no CR until then."""
         said = b''.join(x for s, x in steps(HELLO + DATA) if s == 'C')
-        for end in FALSE_ENDS:
-            with self.subTest(end):
-                for place in range(-3, len(end) + 3):
-                    self.send(said + b'before' + end + EVIL + b'QUIT\r\n',
-                              len(said + b'before') + place)
-                    self.assertOneMail()
+        for said in said, said.replace(b'\r', b''):
+            for end in FALSE_ENDS:
+                with self.subTest(end, said=said), mock.patch.object(
+                        smtps, 'LF_SILENCE', 60):
+                    for place in range(-3, len(end) + 3):
+                        self.send(said + b'before' + end + EVIL + b'QUIT\r\n',
+                                  len(said + b'before') + place)
+                        self.assertOneMail()
 
     def send(self, stream, place):
         """Sends stream in two pieces, reads all replies."""
@@ -1417,6 +1605,223 @@ class Smuggling(ListenerCase):
                 self.assertEqual(kept, read([text + TRUE_END])[0])
 
 
+    def test_a_dot_behind_a_bare_cr_is_not_lost(self):
+        """No client doubles it: for it a bare CR is no line end."""
+        for text, meant in (
+                (b'a\r.f', b'a\r\n.f'), (b'a\r..f', b'a\r\n..f'),
+                (b'a\r\r.f', b'a\r\n\r\n.f'), (b'\r.\r.f', b'\r\n.\r\n.f'),
+                (b'.\r.f', b'.\r\n.f'), (b'a\r.', b'a\r\n.'),
+                (b'a\n..f', b'a\r\n.f'), (b'a\r\r\n..f', b'a\r\n.f')):
+            stream = text + TRUE_END
+            for place in range(len(stream)):
+                with self.subTest(text, place=place):
+                    content, _, _ = read([stream[:place], stream[place:]])
+                    self.assertEqual(meant + b'\r\n', smtps.unstuffed(content))
+
+
+LF_HELLO = 'C: HELO x\\n\nS: 250\n'
+LF_DATA = ('C: MAIL FROM:<a@home.lan>\\n\nS: 250\n'
+           'C: RCPT TO:<b@example.org>\\n\nS: 250\nC: DATA\\n\nS: 354\n')
+LF_QUIT = 'C: QUIT\\n\nS: 221\nS: closed\n'
+
+
+def without_cr(transcript):
+    """All that its client says (bytes), with LF for CRLF."""
+    return b''.join(text for side, text in steps(transcript)
+                    if side == 'C').replace(b'\r\n', b'\n')
+
+
+class LineFeedsOnly(ListenerCase):
+    """A device that never sends a CR: lwsgs, JitterBug, `... | nc`. A mail
+    server always does."""
+    LIMITS = {'maxsize': BIG + 1000, 'tls': server_tls()}
+
+    def silence(self, seconds):
+        """So long nothing may follow LF.LF."""
+        patch = mock.patch.object(smtps, 'LF_SILENCE', seconds)
+        patch.start()
+        self.addCleanup(patch.stop)
+
+    def test_its_dot_ends_a_mail_if_nothing_or_quit_follows(self):
+        self.silence(0.05)
+        self.table([(LF_HELLO + LF_DATA + row, source) for row, source in (
+            ('C: Subject: x\\n\\nhi\\n.\\n\nS: 250\n' + TAKEN
+             + '=: Subject: x\\r\\n\\r\\nhi\\r\\n', 'nothing'),
+            ('C: hi\\n.\\n\nS: 250\n' + TAKEN + LF_QUIT, 'QUIT'),
+            ('C: hi\\n.\\nquit\\n\nS: 250\nS: 221\nS: closed\n' + TAKEN
+             + '=: hi\\r\\n', 'QUIT at once'),
+            ('C: .\\n\nS: 250\n' + TAKEN + '=: ', 'an empty mail'),
+            ('C: \\n.\\n\nS: 250\n' + TAKEN + '=: \\r\\n', 'an empty line'),
+            ('C: ..\\n.a\\n.\\n\nS: 250\n' + TAKEN
+             + '=: ..\\r\\n.a\\r\\n', 'other dots'))])
+        self.assertNotIn('WARNING', [r.levelname for r in self.records.list])
+
+    def test_its_next_mail_is_taken_as_well(self):
+        self.silence(0.05)
+        mail = LF_DATA + 'C: hi\\n.\\n\nS: 250\n' + TAKEN
+        self.converse(LF_HELLO + mail + mail + LF_QUIT)
+
+    def test_a_large_mail_ends_so_too(self):
+        self.silence(0.05)
+        for size, code in (BIG, '250'), (4 * BIG, '552'):
+            for end in b'', b'QUIT\n':
+                with self.subTest(size, end=end):
+                    client = self.converse(LF_HELLO + LF_DATA)
+                    client.send(b'x' * (size - 1) + b'\n.\n' + end)
+                    client.expect(code)
+                    self.converse('S: 221' if end else LF_QUIT, client)
+        self.assertEqual([b'x' * (BIG - 1) + b'\r\n'] * 2,
+                         [mail.content for mail in self.mails])
+
+    def test_a_client_that_will_say_no_more_need_not_be_waited_for(self):
+        """printf ... | nc"""
+        self.silence(60)
+        for size in 10, BIG:
+            for end in b'', b'QUIT', b'QUIT\n':
+                with self.subTest(end, size=size):
+                    client = self.client()
+                    client.send(without_cr(LF_HELLO + LF_DATA) + b'x' * size
+                                + b'\n.\n' + end)
+                    client.socket.shutdown(socket.SHUT_WR)
+                    self.assertIn(b'250 2.0.0', client.read_until_closed())
+        self.assertEqual(6, len(self.mails))
+
+    def test_the_silence_holds_up_no_reply_and_no_other_client(self):
+        self.silence(60)
+        client = self.client()
+        client.send(without_cr(LF_HELLO + LF_DATA) + b'hi\n.\n')
+        for code in '250', '250', '250', '354':
+            client.expect(code)
+
+        self.assertServes()
+
+        self.assertEqual(1, len(self.mails))
+        client.send(b'QUIT\nmore\r\n.\r\n')
+        client.expect('250')
+        self.assertEqual(b'hi\r\n..\r\nQUIT\r\nmore\r\n',
+                         self.mails[1].content)
+
+    def test_a_stop_need_not_wait_for_the_silence(self):
+        self.silence(60)
+        client = self.converse(LF_HELLO + LF_DATA)
+        client.send(b'hi\n.\n')
+        self.wait_for_the_loop()
+
+        next(self.stop)
+
+        client.expect('421 4.3.2')
+        self.assertEqual([], self.mails)
+
+    def test_what_comes_while_the_loop_is_busy_is_not_overlooked(self):
+        """The time is over, but the bytes are there."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            conversation = smtps.Conversation(
+                self.server, ours, smtps.Client('', 0), None)
+            waiting = conversation._receive_within(1)
+            self.assertEqual(smtps.READ, next(waiting))
+            theirs.send(b'more')
+
+            with self.assertRaises(StopIteration) as end:
+                waiting.throw(smtps.IdleTimeout())
+
+        self.assertEqual(b'more', end.exception.value)
+        self.assertEqual(self.server.limits.timeout, conversation.patience)
+
+    def test_one_that_has_sent_a_cr_has_to_go_on_with_it(self):
+        """Not even a long silence makes an end of LF.LF then."""
+        self.silence(0)
+        for said, source in (
+                (HELLO + LF_DATA, 'its first line'),
+                (LF_HELLO + DATA, 'all that follows'),
+                (LF_HELLO + LF_DATA + 'C: one', 'a line of the mail'),
+                (LF_HELLO + LF_DATA + 'C: a\\rb\\n', 'inside a line'),
+                (LF_HELLO + LF_DATA + 'C: .\\r\\r\\n', 'CR CR LF'),
+                (LF_HELLO + 'C: NOOP\nS: 250\n' + LF_DATA, 'one command'),
+                (LF_HELLO + 'C: \n' + LF_DATA, 'an empty line'),
+                (LF_HELLO + 'C: %s\\r\\n\nS: 500\n' % ('x' * 2049)
+                 + LF_DATA, 'a line too long'),
+                (LF_HELLO + 'C: AUTH PLAIN\\n\nS: 334\nC: AHUAcA==\n'
+                 'S: 235\nL: u p\n' + LF_DATA, 'its password'),
+                (LF_HELLO + LF_DATA + END + TAKEN + LF_DATA, 'a mail before'),
+                (LF_HELLO + 'C: RSET\nS: 250\n' + LF_DATA, 'RSET')):
+            for end in b'', b'QUIT\n':
+                with self.subTest(source, end=end):
+                    self.assertGoesOn(self.converse(said), end)
+
+    def test_a_cr_at_the_end_of_a_line_too_long_counts(self):
+        self.silence(0)
+        client = self.client()
+        line = b'x' * 3000 + b'\r\n'
+        self.send_apart(client, line, len(line) - 1)
+        client.expect('500')
+
+        self.assertGoesOn(self.converse(LF_DATA, client), b'')
+
+    def assertGoesOn(self, client, end):
+        """LF.LF, with end behind it, does not end the mail."""
+        self.records.list.clear()
+        client.send(b'hi\n.\n' + end)
+        self.wait_for_the_loop()
+        self.wait_for_the_loop()
+        client.send(b'more\r\n.\r\n')
+        client.expect('250')
+        self.assertTrue(self.mails[-1].content.endswith(
+            b'hi\r\n..\r\n' + end.replace(b'\n', b'\r\n') + b'more\r\n'))
+        self.assertLogged('WARNING', 'single dot that is not its end')
+
+    def test_what_follows_its_dot_is_part_of_the_mail_and_a_warning(self):
+        self.silence(60)
+        said = without_cr(LF_HELLO + LF_DATA)
+        for behind in (b'more\n', b'\n', b'QUIT\nQUIT\n', b'QUITX\n',
+                       b'QUIT \n', b'.\n.\n', EVIL.replace(b'\r', b'')):
+            for cut in 0, 1, len(behind):
+                with self.subTest(behind, cut=cut):
+                    self.records.list.clear()
+                    client = self.client()
+                    data = said + b'hi\n.\n' + behind + b'\n.\n'
+                    self.send_apart(client, data, len(
+                        said + b'hi\n.\n') + cut)
+                    self.assertLogged('WARNING', 'from <a@home.lan> is a line')
+                    client.socket.shutdown(socket.SHUT_WR)
+                    client.read_until_closed()
+                    self.assertEqual(1, len(self.mails))
+                    self.assertEqual([], other_ends(self.mails.pop().content))
+
+    def test_no_silence_makes_an_end_of_a_dot_with_bytes_behind_it(self):
+        self.silence(0)
+        for behind in (b'\n', b'more', b'QU', b'QUITX', b'QUIT \n', b'\0',
+                       b'QUIT\n\n', b'.\n\n', b'.', b'..\n'):
+            with self.subTest(behind):
+                client = self.converse(LF_HELLO + LF_DATA)
+                client.send(b'hi\n.\n' + behind)
+                self.wait_for_the_loop()
+                self.wait_for_the_loop()
+                client.close()
+        wait_until(lambda: len(self.aborted) == 10)
+        self.assertEqual([], self.mails)
+
+    def test_what_was_sent_before_tls_does_not_count(self):
+        self.silence(0.05)
+        client = self.converse(HELLO + 'C: STARTTLS\nS: 220')
+        client.secure(client_tls())
+        self.converse(LF_HELLO + LF_DATA + 'C: hi\\n.\\n\nS: 250\n' + TAKEN,
+                      client)
+
+    def test_a_mail_without_its_dot_says_why_in_the_log(self):
+        for said, reason in (
+                (b'hi\r\n', 'the dot at its end is missing'),
+                (b'hi\r\n.\n', 'its line of a single dot is not an end'),
+                (b'hi\n.\n\n', 'its line of a single dot is not an end')):
+            with self.subTest(said):
+                client = self.converse(LF_HELLO + LF_DATA)
+                client.send(said)
+                client.close()
+                self.assertLogged('WARNING', (
+                    'never completed, nothing of it is kept: closed the '
+                    'connection; ' + reason))
+
+
 class DataReader(unittest.TestCase):
     """However the bytes come in, the same mail comes out."""
     PARTS = (b'\r', b'\n', b'.', b'\r\n', b'\r\r\n', b'\r\n.', b'a', b'..',
@@ -1439,6 +1844,21 @@ class DataReader(unittest.TestCase):
         for _, stream in self.streams(51765, 60):
             self.assertEqual(read([stream]), read(bytewise(stream)), stream)
 
+    def test_line_feeds_only_come_to_the_same_mail(self):
+        for dice, stream in self.streams(51768, 1500):
+            text = b'\n' + stream.replace(b'\r', b'')
+            text = text.partition(b'\n.\n')[0][1:]
+            quit = dice.choice((b'', b'QUIT', b'quit\n'))
+            reader, content = smtps.DataReader(lf_only=True), b''
+            for piece in cuts(text + b'\n.\n' + quit, dice, 4):
+                reader.feed(piece)
+                content += reader.take()
+            self.assertTrue(reader.may_be_over(), text)
+            reader.end()
+
+            self.assertEqual((read([text + TRUE_END])[0], quit), (
+                content + reader.take(), reader.rest))
+
     def test_what_comes_out_is_lines(self):
         for _, stream in self.streams(51766, 1500):
             content, rest, _ = read([stream])
@@ -1456,13 +1876,13 @@ class DataReader(unittest.TestCase):
                              re.sub(change, b'', content))
 
     def test_memory_is_bounded_by_the_line_not_by_the_mail(self):
-        for piece in b'x' * 65536, b'x\r\n' * 20000, b'\r' * 65536, (
-                b'\n' * 65536), b'.' * 65536:
+        for piece in b'x' * 65536, b'x\r\n' * 5000, b'\r' * 16384, (
+                b'\n' * 16384), b'.' * 65536:
             reader = smtps.DataReader()
-            for _ in range(20):
+            for fed in range(len(piece), 8 * len(piece), len(piece)):
                 reader.feed(piece)
                 reader.take()
-                self.assertLess(len(reader.held), 2 * smtps.LONG_LINE)
+                self.assertLess(fed - reader.size, 2 * smtps.LONG_LINE)
 
 
 if __name__ == '__main__':

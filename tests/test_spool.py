@@ -1,8 +1,10 @@
 """Spool, Draft and Mail: what is on disk, and what a start makes of it."""
 import contextlib
+import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import time
@@ -28,7 +30,7 @@ class SpoolCase(FolderCase):
         super().setUp()
         self.spool = None
         self.addCleanup(self.stop)
-        unsynced = mock.patch('os.fsync')   # see tests/test_crash.py
+        unsynced = mock.patch('os.fsync')   # see tests/deep_crash.py
         unsynced.start()
         self.addCleanup(unsynced.stop)
 
@@ -37,9 +39,7 @@ class SpoolCase(FolderCase):
         self.stop()
         self.spool = Spool(self.path('msgs'), clock)
         self.spool.open(patience=0)
-        found = self.spool.start()
-        self.spool.sweep(found)
-        return found
+        return self.spool.start()
 
     def stop(self):
         if self.spool:
@@ -51,7 +51,7 @@ class SpoolCase(FolderCase):
         draft.write(content)
         draft.seal()
         draft.commit()
-        self.spool.drafts.discard(draft.id)
+        draft.release()
         return draft.id
 
     def content(self, id, kind='mail'):
@@ -94,7 +94,7 @@ class Files(SpoolCase):
                 mail = self.spool.load(self.store(content, to=[A, B]))
 
                 self.assertEqual((SENDER, [A, B]), (mail.frm, mail.to))
-                self.assertEqual(smtpproxy.unstuffed(content), mail.msg)
+                self.assertEqual(smtps.unstuffed(content), mail.msg)
                 self.assertIsNone(mail.verify())
 
     def test_every_address_that_smtp_knows_comes_back(self):
@@ -171,7 +171,7 @@ class Files(SpoolCase):
                 self.assertEqual([], self.names())
 
     def test_ids_are_new_and_in_order(self):
-        ids = [self.spool.new_id() for _ in range(1000)]
+        ids = [self.spool.draft(SENDER, [A], {}).id for _ in range(1000)]
 
         self.assertEqual(1000, len(set(ids)))
         self.assertTrue(all(Spool.ID.fullmatch(id) for id in ids))
@@ -210,7 +210,7 @@ class Files(SpoolCase):
 
         draft.seal()
         draft.commit()
-        self.spool.drafts.discard(draft.id)
+        draft.release()
 
         self.assertEqual(([], [draft.id]), (before, self.spool.scan()))
 
@@ -248,6 +248,22 @@ class State(SpoolCase):
         mail = self.spool.load(self.id)
         self.assertEqual(([B], {A: '550 no'}, 3, 'grüße\r\n\0', True), (
             mail.to, mail.refused, mail.tries, mail.problem, mail.parked))
+
+    def test_what_2_0_knows_it_can_still_read(self):
+        """It passes over a line with a name that it does not know."""
+        known = {'to', 'refused', 'tries', 'due', 'problem', 'handled',
+                 'parked', 'seen'}
+        self.mail.to, self.mail.parked, self.mail.unanswered = [B], True, 2
+        self.spool.save(self.mail)
+
+        with open(self.mail.path, 'rb') as file:
+            first, second = [json.loads(line) for line in re.findall(
+                rb'NOOP state=({.*}) crc32', file.read())]
+
+        self.assertEqual(({'to': [B], 'parked': True}, {'unanswered': 2}), (
+            {key: first[key] for key in set(first) - {'seen'}},
+            {key: second[key] for key in set(second) - {'seen'}}))
+        self.assertLessEqual(set(first), known)
 
     def test_it_is_small_beside_a_large_mail(self):
         mail = self.spool.load(self.store(CONTENT * 100000))
@@ -288,11 +304,44 @@ class State(SpoolCase):
     def test_one_with_strange_fields_does_not_count(self):
         for line in (b'{"to": 7}', b'{"x": 1}', b'{"tries": "x"}', b'{}'):
             with self.subTest(line):
-                self.spool.append(self.mail.path, (
-                    b'NOOP state=%s crc32=%08x\r\n' % (
-                        line, zlib.crc32(line))))
+                with open(self.mail.path, 'ab') as file:
+                    file.write(b'NOOP state=%s crc32=%08x\r\n' % (
+                        line, zlib.crc32(line)))
 
                 self.assertEqual([A, B], self.spool.load(self.id).to)
+
+    def test_the_end_of_its_file_tells_whether_it_may_be_parked(self):
+        self.spool.save(self.mail)
+        self.assertFalse(self.spool.may_be_parked(self.id))
+
+        self.mail.to, self.mail.problem = [A] * 300, 'x' * 9000
+        self.mail.parked = True
+        self.spool.save(self.mail)
+
+        self.assertTrue(self.spool.may_be_parked(self.id))
+
+    def test_one_that_only_we_remember_as_parked_may_be(self):
+        self.mail.parked = True
+        with mock.patch('os.write', side_effect=OSError('full')):
+            with self.assertLogs('smtpproxy', 'ERROR'):
+                self.spool.save(self.mail)
+
+        self.assertTrue(self.spool.may_be_parked(self.id))
+    def test_an_earlier_version_reads_all_that_it_knows(self):
+        """Else accepted recipients would come back after a downgrade."""
+        old = {'to', 'refused', 'tries', 'due', 'problem', 'handled',
+               'parked', 'seen'}
+        self.mail.to, self.mail.holds, self.mail.since = [B], True, 7.5
+        self.spool.save(self.mail)
+
+        with open(self.mail.path, 'rb') as file:
+            states = [set(json.loads(line)) for line in re.findall(
+                rb'NOOP state=(\{.*\}) crc32', file.read())]
+
+        self.assertEqual([{'to', 'seen'}, {'holds', 'since', 'seen'}], states)
+        self.assertLessEqual(states[0], old)
+        mail = self.spool.load(self.id)
+        self.assertEqual(([B], True, 7.5), (mail.to, mail.holds, mail.since))
 
     def test_when_the_disk_refuses_it_is_remembered(self):
         self.mail.to = [B]
@@ -309,7 +358,7 @@ class State(SpoolCase):
                 self.spool.remove(self.mail)
 
         self.assertIsNone(self.spool.load(self.id))
-        self.spool.bury()
+        self.spool.retry_removals()
         self.assertEqual([], self.names())
 
 
@@ -431,7 +480,7 @@ class Start(SpoolCase):
         run = subprocess.run(       # a pipe could block it for ever
             [sys.executable, '-c', 'import sys, smtpproxy\n'
              's = smtpproxy.Spool(sys.argv[1])\ns.open()\n'
-             's.sweep(s.start())', self.path('msgs')],
+             's.start()', self.path('msgs')],
             cwd=TOP, timeout=5, stderr=subprocess.PIPE)
 
         self.assertEqual(0, run.returncode, run.stderr.decode())

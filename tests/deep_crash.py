@@ -366,7 +366,6 @@ class Death(FolderCase):
         spool.open()
         try:
             found = spool.start()
-            spool.sweep(found)
             return spool.load(found[0]) if found else None
         except smtpproxy.Unfinished:
             return None

@@ -11,12 +11,13 @@ from typing import NamedTuple
 from unittest import mock
 
 import smtpproxy
+import smtps
 from tests.case import A, B, ProxyCase
 from tests.fakes import (
     CERTIFICATE, DROP, ENDLESS_LINE, ENDLESS_REPLY, EXTENSIONS, GARBAGE, HANG,
     RESET, FakePOP, FakeSMTP, dribble, server_tls, wait_until)
 
-CONNECT_TIME, REPLY_TIME, DOT_TIME = 1.2, 1.3, 1.4       # seconds, here
+CONNECT_TIME, REPLY_TIME, DOT_TIME = 0.7, 0.8, 0.9       # seconds, here
 TLS = server_tls()
 LOGIN = {'smtpusername': 'me', 'smtppassword': 'secret'}
 POP = {'popbeforesmtp': 'true', 'popssl': 'false', 'popusername': 'me',
@@ -173,9 +174,9 @@ class FaultCase(ProxyCase):
         super().setUp()
         for name, value in (
                 ('CONNECT_TIME', CONNECT_TIME), ('REPLY_TIME', REPLY_TIME),
-                ('DOT_TIME', DOT_TIME), ('LINGER', .05)):
-            self.patch(smtpproxy, name, value)
-        self.patch(smtpproxy.SmtpDialogue, 'reply_time', REPLY_TIME)
+                ('DOT_TIME', DOT_TIME)):
+            self.patch(smtps, name, value)
+        self.patch(smtpproxy, 'LINGER', .05)
         self.patch(socket, 'getaddrinfo', look_up)
         self.ports = {'refused': self.deaf(),
                       'blackhole': self.blackhole()}
@@ -238,9 +239,9 @@ class FaultCase(ProxyCase):
             for row in ROWS}
         self.submit(sender='well@home.lan', client=client)
         self.assertDelivered([A])
-        self.assertTrue(self.proxy.relay.in_flight, 'none hangs any more')
+        self.assertTrue(self.in_hand(), 'none hangs any more')
         client.close()
-        wait_until(lambda: not self.proxy.relay.in_flight, 10)
+        wait_until(lambda: not self.in_hand(), 10)
 
     @staticmethod
     def content(row):
@@ -261,8 +262,6 @@ class FaultCase(ProxyCase):
                                        if self.ids[row.name] in line)))
 
     def assertNothingLeaks(self):
-        wait_until(lambda: not [t.name for t in threading.enumerate()
-                                if t.name.startswith('relay-')])
         for row in ROWS:
             with self.subTest(row.name):
                 for server in filter(None, (self.servers[row.name],
@@ -306,7 +305,7 @@ class Faults(FaultCase):
                                          'not tried again by itself')
                 else:
                     self.assertExplained(row, 'WARNING', 'try 1',
-                                         'next one in 6')
+                                         'next one in 6|next one each 6')
 
         self.heal()
 
@@ -316,10 +315,10 @@ class Faults(FaultCase):
         for server in [*self.servers.values(), *self.pops.values()]:
             server.script.clear()
         for name in 'REPLY_TIME', 'DOT_TIME':       # a slow box may be slow
-            self.patch(smtpproxy, name, 20)
+            self.patch(smtps, name, 20)
         self.proxy.reload()
         self.assertSpooled(sum(not row.healed for row in ROWS), 20)
-        wait_until(lambda: not self.proxy.relay.in_flight)
+        wait_until(lambda: not self.in_hand())
         for row in ROWS:
             with self.subTest(row.name, healed=row.healed):
                 self.assertArrived(row, () if row.healed else row.left)
@@ -335,6 +334,48 @@ class Faults(FaultCase):
                 self.assertExplained(
                     row, 'ERROR', 'deleted', self.sender(row),
                     'subject ' + row.name, *row.left)
+
+
+class Trials(FaultCase):
+    """Each row of the fault matrix that a short mail meets, through --test."""
+
+    ROWS = [row for row in ROWS if row.size == SMALL]
+
+    def test_each_is_seen_with_its_stage_its_reason_and_what_to_do(self):
+        path = self.ini({}, self.prepare(()))
+        self.settings = smtpproxy.load(path)
+        lines = {row.name: [] for row in self.ROWS}
+        threads = [threading.Thread(
+            target=self.go, args=(row, lines[row.name]),
+            name='trial-' + row.name) for row in self.ROWS]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+
+        for row in self.ROWS:
+            with self.subTest(row.name):
+                self.assertTold(row, lines[row.name])
+
+    def go(self, row, lines):
+        """A test of one row's account; lines gets what it tells."""
+        sender = self.sender(row)
+        trial = smtpproxy.Trial(
+            self.settings, self.settings.account_for(sender), lines.append)
+        if trial.connect() and trial.send(
+                smtpproxy.test_mail(sender, B, sender)):
+            lines.append('sent')
+        trial.close()
+
+    def assertTold(self, row, lines):
+        """The last line is the failure."""
+        *before, last = lines
+        self.assertIn('failed: ', last)
+        self.assertNotIn('failed: ', ''.join(before))
+        for words in row.words:
+            self.assertTrue(any(word in last for word in words.split('|')),
+                            last)
+        self.assertNotIn('secret', ''.join(lines))
 
 
 if __name__ == '__main__':

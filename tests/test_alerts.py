@@ -1,0 +1,483 @@
+"""Alerts: what needs a person reaches one, by mail and not too often."""
+import email
+import os
+import ssl
+import time
+import unittest
+from unittest import mock
+
+import smtpproxy
+from tests.case import A, OTHER, SENDER, ProxyCase
+from tests.fakes import CERTIFICATE, FakeSMTP, wait_until
+from tests.test_relay import LATER, MAIL, NEVER, RelayCase
+
+OWNER, BOX = 'owner@example.org', 'box@home.lan'
+HOUR, DAY = 3600, 86400
+
+
+def lines_of(mail):
+    """What an alert tells, a line for each thing."""
+    text = email.message_from_bytes(mail.data).get_payload(decode=True)
+    return [line[2:] for line in text.decode().splitlines()
+            if line.startswith('- ')]
+
+
+class AlertCase(RelayCase):
+    """SENDER's account is self.upstream; the alerts go to self.post."""
+
+    def setUp(self):
+        super().setUp()
+        self.post = self.serve(FakeSMTP(clock=self.clock))
+
+    def watched(self, script=None, account=(), **config):
+        """Starts a relay whose owner wants to know."""
+        self.upstream.script = script or {}
+        self.begin(dict({'sleeptime': 10, 'alert': OWNER, 'alertfrom': BOX},
+                        **config),
+                   {SENDER: self.account(**dict(account)),
+                    BOX: self.account(self.post)})
+
+    def alerts(self, count=1):
+        """The lines of so many alerts: [[line]]."""
+        mails = self.post.wait(count)
+        if self.relay:
+            wait_until(lambda: not self.in_hand())
+        return [lines_of(mail) for mail in mails]
+
+    def parked(self):
+        """A mail that was refused for good; returns its id."""
+        id = self.put()
+        wait_until(lambda: self.spool.load(id).parked and self.at_rest())
+        return id
+
+    def pass_an_hour(self):
+        self.advance(HOUR)
+        wait_until(self.at_rest)
+
+
+class Mails(AlertCase):
+
+    def test_a_parked_mail_is_told_at_once(self):
+        self.watched({'RCPT': NEVER})
+
+        id = self.parked()
+
+        (line,), = self.alerts()
+        for word in id, SENDER, A, 'the report', NEVER, 'advice: ':
+            self.assertIn(word, line)
+
+    def test_a_deleted_one_too(self):
+        self.watched({'RCPT': LATER}, deleteonerror='true')
+
+        id = self.put()
+
+        (line,), = self.alerts()
+        self.assertIn(id + ': deleted', line)
+
+    def test_it_is_a_mail_that_no_program_answers(self):
+        self.watched({'RCPT': NEVER}, alert='owner@example.org, b@x.org')
+        self.parked()
+
+        mail, = self.post.wait(1)
+
+        head = email.message_from_bytes(mail.data)
+        self.assertEqual((BOX, [OWNER, 'b@x.org']), (mail.sender, mail.to))
+        self.assertEqual('auto-generated', head['Auto-Submitted'])
+        self.assertEqual('owner@example.org, b@x.org', head['To'])
+        self.assertIn('<%s>' % BOX, head['From'])
+        self.assertTrue(head['Date'] and head['Message-ID'])
+
+    def test_what_follows_is_collected_for_an_hour(self):
+        self.watched({'RCPT': NEVER})
+        self.parked()
+        self.alerts()
+        ids = [self.parked() for _ in range(3)]
+        self.advance(HOUR - 20)
+        self.assertEqual(1, len(self.post.mails))
+
+        self.advance_until(lambda: len(self.post.mails) > 1, 10)
+
+        self.assertEqual(ids, [line[:14] for line in self.alerts(2)[1]])
+
+    def test_thousands_make_one_alert_of_a_hundred_lines(self):
+        self.watched()
+        for number in range(10000):
+            self.relay.alerts.tell('mail %d is parked' % number)
+        self.alerts()
+        self.relay.alerts.tell('the last')
+
+        self.pass_an_hour()
+        self.pass_an_hour()
+
+        told = sum(self.alerts(2), [])
+        left_out = [int(line.split()[1]) for line in told
+                    if line.startswith('and ')]
+        self.assertEqual(10001, len(told) - len(left_out) + sum(left_out))
+        self.assertLess(max(mail.data.partition(b'\r\n\r\n')[2].count(
+            b'\n') for mail in self.post.mails), 101)
+        self.assertEqual(2, len(self.post.mails))
+
+    def test_what_a_server_says_is_printable_there(self):
+        self.watched()
+        self.relay.alerts.tell('evil \x1b[2J\r\n.\r\nMAIL b\xfcro ' + 'x' * 2000)
+
+        (line,), = self.alerts()
+
+        self.assertIn(r'evil \x1b[2J\r\n.\r\nMAIL büro xxx', line)
+        self.assertLess(max(map(len, self.post.mails[0].data.split(
+            b'\r\n'))), 998)
+
+    def test_a_reload_without_alert_ends_it(self):
+        self.watched({'RCPT': NEVER})
+        self.parked()
+        self.alerts()
+        self.parked()
+
+        self.reload(smtpproxy.load(self.ini({'sleeptime': 10}, {
+            SENDER: self.account()})))
+        self.pass_an_hour()
+        self.pass_an_hour()
+
+        self.assertEqual(1, len(self.post.mails))
+
+    def test_without_alert_nothing_is_told(self):
+        self.watched({'RCPT': NEVER}, alert='')
+
+        self.parked()
+        self.pass_an_hour()
+
+        self.assertEqual([], self.post.mails)
+        self.assertFalse(os.path.exists(self.path('msgs', 'alerts')))
+
+
+class Accounts(AlertCase):
+
+    def test_an_account_that_cannot_be_used_for_an_hour_is_told_once(self):
+        self.watched({'': '421 4.3.2 busy'})
+        self.tried(self.put(), 1)
+        self.advance_until(lambda: self.post.mails, 200)
+
+        for _ in range(5):
+            self.pass_an_hour()
+
+        (line,), = self.alerts()
+        self.assertIn(':%d could not be used for an hour, ' %
+                      self.upstream.port, line)
+        self.assertIn('421 4.3.2 busy', line)
+        self.assertEqual(1, len(self.post.mails))
+
+    def test_that_it_works_again_is_told(self):
+        self.watched({'': '421 4.3.2 busy'})
+        self.tried(self.put(), 1)
+        self.advance_until(lambda: self.post.mails, 200)
+        self.upstream.script.clear()
+
+        self.advance_until(lambda: len(self.post.mails) > 1, 600)
+
+        self.assertIn('works again', self.alerts(2)[1][0])
+
+    def test_short_trouble_is_not_told(self):
+        self.watched({'': ['421 4.3.2 busy', None]})
+        self.tried(self.put(), 1)
+
+        self.advance_until(lambda: self.upstream.mails, 10)
+        self.pass_an_hour()
+        self.pass_an_hour()
+
+        self.assertEqual([], self.post.mails)
+
+    def test_what_needs_the_owner_is_told_at_once(self):
+        self.watched({'MAIL': '550 5.1.8 Access denied, bad outbound sender'})
+
+        self.tried(self.put(), 1)
+
+        (line,), = self.alerts()
+        self.assertIn('no mail passes before you act', line)
+
+    def test_so_is_a_long_backlog_once(self):
+        self.watched(account={'smtprate': 1})
+        for _ in range(63):
+            self.put()
+
+        self.advance(10)
+        for _ in range(3):
+            self.pass_an_hour()
+
+        (line,), = self.alerts()
+        self.assertRegex(line, '6[123] mails wait for their turn')
+
+
+class OverRestarts(AlertCase):
+
+    def restart(self, **config):
+        self.end()
+        self.watched(self.upstream.script, **config)
+
+    def test_what_was_collected_goes_out_at_a_stop(self):
+        self.watched({'RCPT': NEVER})
+        self.parked()
+        self.alerts()
+        id = self.parked()
+
+        self.end()
+
+        self.assertEqual(id, self.alerts(2)[1][0][:14])
+
+    def test_the_hour_goes_on(self):
+        self.watched({'RCPT': NEVER})
+        self.parked()
+        self.alerts()
+        self.restart()
+        self.parked()
+        self.advance(HOUR - 100)
+        self.assertEqual(1, len(self.post.mails))
+
+        self.advance_until(lambda: len(self.post.mails) > 1, 10)
+
+    def test_what_the_owner_knows_is_not_told_again(self):
+        script = {'MAIL': '550 5.1.8 Access denied, bad outbound sender'}
+        self.watched(script)
+        id = self.put()
+        self.tried(id, 1)
+        self.alerts()
+
+        self.restart()
+        self.tried(id, 2)
+        self.pass_an_hour()
+        self.pass_an_hour()
+        self.assertEqual(1, len(self.post.mails))
+        self.upstream.script.clear()
+
+        self.advance_until(lambda: len(self.post.mails) > 1, 600)
+        self.assertIn('works again', self.alerts(2)[1][0])
+
+    def test_an_alert_that_waits_is_known_and_goes_first(self):
+        self.watched({'RCPT': NEVER})
+        self.post.script[''] = '421 4.3.2 busy'
+        normal = [self.put(sender=BOX) for _ in range(3)]
+        self.tried(normal[0], 1)
+        self.parked()
+        wait_until(lambda: len(self.spooled()) == 5)
+        self.post.script.clear()
+
+        self.restart(retrydays=9)
+
+        self.assertEqual([OWNER], self.post.wait(4)[0].to)
+
+    def test_a_damaged_note_stops_nothing(self):
+        for damage in b'', b'{', b'[]', b'{"told": 7, "last": "x"}':
+            with self.subTest(damage):
+                self.write('msgs/alerts/note', damage)
+                self.watched({'RCPT': NEVER})
+                count = len(self.post.mails) + 1
+
+                self.parked()
+
+                self.alerts(count)
+                self.clear()
+
+
+class NoLoops(AlertCase):
+    """Trouble with an alert makes no alert."""
+
+    def test_one_that_is_refused_is_kept_and_makes_no_other(self):
+        for deleteonerror in 'true', 'false':
+            with self.subTest(deleteonerror=deleteonerror):
+                self.post.script['RCPT'] = NEVER
+                self.watched({'RCPT': NEVER}, deleteonerror=deleteonerror)
+                self.put()
+                wait_until(lambda: any(
+                    mail.parked and mail.is_alert
+                    for mail in smtpproxy.mails(
+                self.spool, smtpproxy.waiting(self.spool))))
+
+                for _ in range(3):
+                    self.pass_an_hour()
+
+                self.assertEqual(1, sum(mail.is_alert for mail in
+                                        smtpproxy.mails(
+                self.spool, smtpproxy.waiting(self.spool))))
+                self.clear()
+
+    def test_deleteonerror_keeps_one_that_has_to_wait(self):
+        self.post.script[''] = ['421 4.3.2 busy', None]
+        self.watched({'RCPT': NEVER}, deleteonerror='true')
+        self.put()
+        wait_until(lambda: self.post.connections and self.at_rest())
+
+        self.advance_until(lambda: self.post.mails, 10)
+
+        self.alerts()
+        self.assertGone()
+
+    def test_one_that_comes_back_as_a_clients_mail_makes_no_other(self):
+        """The account of alertfrom leads to this very proxy."""
+        self.watched({'RCPT': NEVER})
+        self.post.script['RCPT'] = NEVER
+        id = self.put(sender=BOX, content=(
+            b'Auto-Submitted: auto-generated\r\n' + MAIL))
+
+        wait_until(lambda: self.spool.load(id).parked)
+        self.pass_an_hour()
+
+        self.assertEqual([id + '.mail'], self.spooled())
+
+    def test_a_broken_account_of_alertfrom_is_told_when_it_works(self):
+        self.watched()
+        self.post.script[''] = '421 4.3.2 busy'
+        self.tried(self.put(sender=BOX), 1)
+        for _ in range(4):
+            self.pass_an_hour()
+        self.assertLess(len(self.spooled()), 4)
+        self.post.script.clear()
+
+        self.advance_until(lambda: len(self.post.mails) > 2, 1200)
+
+        told = [line for mail in self.post.mails if mail.to == [OWNER]
+                for line in lines_of(mail)]
+        self.assertIn('could not be used', told[0])
+        self.assertIn('works again', told[-1])
+
+    def test_a_full_disk_keeps_what_is_to_be_told(self):
+        self.watched({'RCPT': NEVER})
+        with mock.patch.object(smtpproxy.Draft, 'commit',
+                               side_effect=OSError(28, 'No space left')):
+            self.relay.alerts.tell('first')
+            self.assertLogged('ERROR', 'an alert to owner@example.org cannot '
+                              'be stored', 'No space left')
+            for _ in range(9):
+                self.advance(60)
+            self.relay.alerts.tell('second')
+
+        self.advance_until(lambda: self.post.mails, 20)
+
+        self.assertEqual([['first', 'second']], self.alerts())
+        self.assertEqual(1, self.log().count('cannot be stored'))
+
+
+class WholeProxy(ProxyCase):
+    """What clients, the disk and the ini cause."""
+
+    def setUp(self):
+        super().setUp()
+        self.post = self.serve(FakeSMTP())
+
+    def watched(self, more='', **config):
+        self.start(dict({'alert': OWNER, 'alertfrom': BOX}, **config), {
+            SENDER: self.account(), BOX: self.account(self.post),
+            OTHER: self.account(localpassword='right')}, more)
+
+    def told(self, count=1):
+        return [line for mail in self.post.wait(count)
+                for line in lines_of(mail)]
+
+    def test_a_device_with_an_unknown_sender_is_told_once(self):
+        self.watched()
+        client = self.greeted()
+        for _ in range(3):
+            client.command('MAIL FROM:<new-device@home.lan>')
+
+        line, = self.told()
+
+        self.assertIn('127.0.0.1', line)
+        self.assertIn('no account for its sender <new-device@home.lan>', line)
+
+    def test_so_is_one_with_a_wrong_password(self):
+        self.watched()
+        for _ in range(2):
+            client = self.greeted()
+            with mock.patch('smtps.AUTH_PAUSE', 0.01):
+                client.command('AUTH PLAIN ' + smtpproxy.smtps.encoded64(
+                    '\0%s\0wrong' % OTHER))
+
+        line, = self.told()
+
+        self.assertIn('wrong password for [%s]' % OTHER, line)
+        self.assertNotIn(' wrong\0', line)
+
+    def test_mail_that_cannot_be_stored_is_told_and_that_it_can_again(self):
+        self.watched()
+        real = smtpproxy.Draft.seal
+
+        def seal(draft):
+            if draft.id not in mine:
+                mine.append(draft.id)
+                raise OSError(28, 'No space left on device')
+            real(draft)
+        mine = []
+        with mock.patch.object(smtpproxy.Draft, 'seal', seal):
+            client = self.greeted()
+            client.command('MAIL FROM:<%s>' % SENDER)
+            client.command('RCPT TO:<%s>' % A)
+            self.assertEqual(452, client.data(MAIL)[0])
+        self.submit()
+        self.stop()
+
+        told = self.told(1)
+        if len(told) < 2:
+            told = self.told(2)
+        self.assertIn('cannot be stored', told[0])
+        self.assertIn('can be stored again', told[-1])
+
+    def test_what_is_set_aside_is_told(self):
+        self.write('msgs/strange', b'what is this?')
+
+        self.watched()
+
+        self.assertIn('corrupt/strange', self.told()[0])
+
+    def test_no_handler_sees_an_alert(self):
+        self.watched('[handler discardsubject]\nenabled=true\n'
+                     'contains=smtpproxy\n')
+        self.greeted().command('MAIL FROM:<nobody-knows@home.lan>')
+        self.proxy.alerts.tell('something')
+
+        self.assertTrue(self.told())
+
+    def test_no_client_makes_an_alert(self):
+        self.watched(deleteonerror='true')
+        self.upstream.script['RCPT'] = NEVER
+        client = self.greeted()
+        client.command('MAIL FROM:<%s> ENVID=%s' % (SENDER, smtpproxy.ALERT))
+        client.command('RCPT TO:<%s>' % A)
+        client.data(MAIL)
+
+        self.assertIn('deleted', self.told()[0])
+
+    def test_a_certificate_that_expires_soon_is_told(self):
+        for days, count in (10, 1), (20, 0):
+            with self.subTest(days):
+                with mock.patch.object(smtpproxy, 'certificate_end',
+                                       return_value=time.time() + days * DAY):
+                    self.watched(tlscert=CERTIFICATE, tlskey=CERTIFICATE)
+                    self.submit()
+                    self.assertDelivered([A], 1 + (days > 10))
+                    self.stop()
+
+                told = [line for mail in self.post.mails
+                        for line in lines_of(mail)]
+                self.assertEqual(1, sum('expires on' in x for x in told))
+
+    def test_when_a_certificate_expires(self):
+        expected = ssl.cert_time_to_seconds(
+            ssl._ssl._test_decode_cert(CERTIFICATE)['notAfter'])
+
+        self.assertEqual(expected, smtpproxy.certificate_end(CERTIFICATE))
+        with self.assertRaises(ValueError):
+            smtpproxy.certificate_end(self.write('x.pem', 'nothing'))
+
+    def test_alertfrom_needs_an_account(self):
+        for config, word in (
+                ({'alert': OWNER}, 'alertfrom is missing'),
+                ({'alert': OWNER, 'alertfrom': 'x@y.z'}, 'no account for it'),
+                ({'alert': 'nobody', 'alertfrom': BOX}, 'must be addresses'),
+                ({'alert': OWNER, 'alertfrom': BOX + ' a@b'}, 'one address')):
+            with self.subTest(config):
+                with self.assertRaises(smtpproxy.ConfigError) as caught:
+                    smtpproxy.load(self.ini(config, {BOX: self.account()}))
+
+                self.assertIn(word, str(caught.exception))
+
+
+if __name__ == '__main__':
+    unittest.main()
