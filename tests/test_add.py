@@ -733,6 +733,7 @@ class FirstSession(ProgramCase):
 
         port25 = socket.socket()        # it is not to be had, as in README.md
         self.addCleanup(port25.close)
+        port25.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         with contextlib.suppress(OSError):
             port25.bind(('', 25))
             port25.listen()
