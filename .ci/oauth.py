@@ -36,7 +36,7 @@ RENEWAL = 'refresh_token'
 MARGIN = 600            # seconds before a token's end that it is renewed
 GAP = 0.5               # seconds between the server's answer and a kill
 OTHER = 'camera@home.test'
-kills = 8
+kills = 20
 servers = tokens = None
 
 
