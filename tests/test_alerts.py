@@ -452,6 +452,7 @@ class WholeProxy(ProxyCase):
                     self.watched(tlscert=CERTIFICATE, tlskey=CERTIFICATE)
                     self.submit()
                     self.assertDelivered([A], 1 + (days > 10))
+                    self.post.wait(1)
                     self.stop()
 
                 told = [line for mail in self.post.mails

@@ -1747,6 +1747,7 @@ class LineFeedsOnly(ListenerCase):
                 (LF_HELLO + 'C: RSET\nS: 250\n' + LF_DATA, 'RSET')):
             for end in b'', b'QUIT\n':
                 with self.subTest(source, end=end):
+                    self.records.list.clear()
                     self.assertGoesOn(self.converse(said), end)
 
     def test_a_cr_at_the_end_of_a_line_too_long_counts(self):
@@ -1760,7 +1761,6 @@ class LineFeedsOnly(ListenerCase):
 
     def assertGoesOn(self, client, end):
         """LF.LF, with end behind it, does not end the mail."""
-        self.records.list.clear()
         client.send(b'hi\n.\n' + end)
         self.wait_for_the_loop()
         self.wait_for_the_loop()
