@@ -226,13 +226,15 @@ def smtpd(door):
     return line
 
 
-def main():
+def serve(make, tell):
+    """Servers by hand, until SIGTERM or ^C. make(folder) -> Servers;
+    tell(servers) prints who may use them."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix='servers.'))
-    servers = Servers(folder, sys.argv[1])
+    servers = make(folder)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
     try:
         servers.start()
-        print('login %s, password %s' % (USER, PASSWORD))
+        tell(servers)
         print('CA %s/tls/ca.pem, logs and mail in %s' % (folder, folder))
         for door, port in servers.port.items():
             print('%-12s 127.0.0.1:%d' % (door, port), flush=True)
@@ -242,6 +244,11 @@ def main():
     finally:
         servers.stop()
         shutil.rmtree(folder)
+
+
+def main():
+    serve(lambda folder: Servers(folder, sys.argv[1]),
+          lambda servers: print('login %s, password %s' % (USER, PASSWORD)))
 
 
 if __name__ == '__main__':

@@ -14,17 +14,12 @@ Each person's name is an address; it is the mailbox that the token is for.
 import html.parser
 import http.cookiejar
 import json
-import pathlib
-import shutil
-import signal
 import ssl
-import sys
-import tempfile
 import urllib.error
 import urllib.parse
 import urllib.request
 
-from servers import TEMPLATES, Servers, smtpd
+from servers import TEMPLATES, Servers, serve, smtpd
 
 SECRET = 'secret/of+the=client'
 MAILBOX = 'printer@home.test'           # the one that the client `app` may use
@@ -192,24 +187,14 @@ class Person:
 
 
 def main():
-    folder = pathlib.Path(tempfile.mkdtemp(prefix='signin.'))
-    servers = TokenServers(folder)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
-    try:
-        servers.start()
-        print('clients %s (no secret), %s and %s; scope smtp.send; secret %s'
-              % (PUBLIC, CONFIDENTIAL, APP, SECRET))
-        print('http://127.0.0.1:%d: /device/auth, /auth, /token, /admin'
-              % servers.port['oidc'])
-        print('CA %s/tls/ca.pem, logs and mail in %s' % (folder, folder))
-        for door, port in servers.port.items():
-            print('%-12s 127.0.0.1:%d' % (door, port), flush=True)
-        signal.pause()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        servers.stop()
-        shutil.rmtree(folder)
+    serve(TokenServers, tell)
+
+
+def tell(servers):
+    print('clients %s (no secret), %s and %s; scope smtp.send; secret %s'
+          % (PUBLIC, CONFIDENTIAL, APP, SECRET))
+    print('http://127.0.0.1:%d: /device/auth, /auth, /token, /admin'
+          % servers.port['oidc'])
 
 
 if __name__ == '__main__':
