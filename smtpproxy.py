@@ -1926,11 +1926,18 @@ class Spool(Folder):
     def scan(self):
         """The ids of all mails here, oldest first. Touches no file. Raises
         OSError."""
-        ids = [name[:-5] for name in os.listdir(self.folder)
-               if name.endswith('.mail') and self.ID.fullmatch(name[:-5])]
-        if not ids and self._lock is not None and not self.is_there():
-            raise FileNotFoundError(errno.ENOENT, 'it is away', self.folder)
-        return sorted(id for id in ids if id not in self.drafts)
+        folder = os.open(self.folder, os.O_RDONLY)
+        try:
+            names = os.listdir(folder)
+            if self._lock is not None and not os.path.samestat(
+                    os.fstat(folder), self._place):     # of what was listed
+                raise FileNotFoundError(errno.ENOENT, 'it is away',
+                                        self.folder)
+        finally:
+            os.close(folder)
+        return sorted(name[:-5] for name in names if name.endswith('.mail')
+                      and self.ID.fullmatch(name[:-5])
+                      and name[:-5] not in self.drafts)
 
     def start(self):
         """scan(), and goes on in the time of the newest mail: the service's

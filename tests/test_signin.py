@@ -1270,8 +1270,10 @@ class WireCase(RelayCase):
     def put_and_wait(self):
         """A mail that was tried."""
         id = self.put()
-        wait_until(lambda: id not in self.in_hand() and (
-            not self.spool.load(id) or self.spool.load(id).problem))
+        def tried():
+            mail = self.spool.load(id)
+            return not mail or mail.problem
+        wait_until(lambda: tried() and id not in self.in_hand())
         return id
 
     def lines(self, *words):
