@@ -487,6 +487,7 @@ class Root(ProxyCase):
     def hand_over(self, file='smtpproxy.log'):
         proxy = smtpproxy.Proxy(smtpproxy.load(self.ini(
             {'user': 'nobody'}, {'logging': {'file': file}})))
+        self.addCleanup(proxy.server.stop)
         proxy._hand_over_files()
 
     def assertOwner(self, uid, *names):
