@@ -7285,42 +7285,51 @@ def command_spool(settings):
 
 
 def ask(settings, options):
-    """--retry ID|all and --delete ID: by the service if it runs. Without it a
-    mail is deleted here, and a retry left for the next start: that goes on in
-    the spool's own time, which nobody knows meanwhile."""
+    """--retry ID...|all and --delete ID...: by the service if it runs. Without
+    it a mail is deleted here, and a retry left for the next start: that goes
+    on in the spool's own time, which nobody knows meanwhile. One unknown id,
+    and nothing is done."""
     what = 'retry' if options.retry else 'delete'
-    id, spool = options.retry or options.delete, command_spool(settings)
-    if (id, what) != ('all', 'retry') and id not in waiting(spool):
-        say('there is no mail %s in %s; see --queue' % (id, spool.folder))
+    ids, spool = options.retry or options.delete, command_spool(settings)
+    there, means_all = waiting(spool), (ids, what) == (['all'], 'retry')
+    unknown = [] if means_all else [id for id in ids if id not in there]
+    for id in unknown:
+        say('there is no mail "%s" in %s; see --queue' % (id, spool.folder))
+    if unknown:
         return 1
+    if not there:
+        tell('nothing waits')       # there may not even be a msgs/
+        return 0
     try:
         spool.open(patience=0)
     except Busy:
-        return ask_service(spool, id, what, settings.config.sleeptime)
+        return ask_service(spool, ids, what, settings.config.sleeptime)
     try:                            # a service that starts now waits for us
-        act(spool, id, what)
+        act(spool, ids, what)
     finally:
         spool.close()
     return 0
 
 
-def act(spool, id, what):
+def act(spool, ids, what):
     """What is asked for while no service runs."""
     if what == 'retry':
-        spool.ask(id, what)
+        for id in ids:
+            spool.ask(id, what)
         tell('the service does not run; it tries it when it starts')
         return
-    with contextlib.suppress(FileNotFoundError):    # sent a moment ago
-        os.unlink(spool.path(id, 'mail'))
+    for id in ids:
+        with contextlib.suppress(FileNotFoundError):    # sent a moment ago
+            os.unlink(spool.path(id, 'mail'))
     tell('deleted')
 
 
-def ask_service(spool, id, what, sleeptime):
+def ask_service(spool, ids, what, sleeptime):
     """Waits until the service has done it."""
     tell('the service is asked, it looks every %d seconds' % sleeptime)
-    path = spool.ask(id, what)
+    paths = [spool.ask(id, what) for id in ids]
     end = time.monotonic() + sleeptime + 5
-    while os.path.exists(path):
+    while any(map(os.path.exists, paths)):
         if time.monotonic() > end:
             tell('the service is asked; it is busy')
             return 0
@@ -7444,7 +7453,7 @@ def show(settings, options):
         show_message(smtps.unstuffed(dress(mail, account))
                      + mail.msg[smtps.split_header(mail.msg):])
         return 0
-    say('there is no mail %s; see --queue' % options.show)
+    say('there is no mail "%s"; see --queue' % options.show)
     return 1
 
 
@@ -8417,7 +8426,7 @@ def wake_service(settings):
             '' if settings.file == USUAL_INI else
             ' --config ' + settings.file))
     except Busy:
-        ask_service(spool, *RELOAD, settings.config.sleeptime)
+        ask_service(spool, ['ini'], 'reload', settings.config.sleeptime)
     except OSError as error:
         tell('%s: %s; if the service runs, have it reload (SIGHUP)' % (
             spool.folder, error.strerror))
@@ -8443,8 +8452,8 @@ def parse(arguments):
     add('--add', nargs='*', metavar=('SENDER', 'key=value'),
         help='ask for an account, try it, put it into the ini')
     add('--queue', action='store_true', help='what waits in msgs/')
-    add('--retry', metavar='ID', help='try a mail, or all, now')
-    add('--delete', metavar='ID', help='remove a mail')
+    add('--retry', metavar='ID', nargs='+', help='try mails, or all, now')
+    add('--delete', metavar='ID', nargs='+', help='remove mails')
     add('--show', metavar='ID', help='print a mail as it would be sent')
     add('--handler-test', metavar='FILE', help='what handlers would change')
     add('--version', action='version', version='smtpproxy ' + VERSION)

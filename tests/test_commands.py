@@ -266,9 +266,35 @@ class Retry(CommandCase):
         for option in '--retry', '--delete', '--show':
             for id in '00000000-00000', '../../x', '', 'x.mail':
                 with self.subTest(option + id):
-                    if id:
-                        self.assertIn(id, self.fail_with(option, id))
+                    self.assertIn('no mail "%s"' % id,
+                                  self.fail_with(option, id))
         self.assertSpooled(1)
+
+    def test_several_are_tried_in_one_wait(self):
+        self.start()
+        self.upstream.script['MAIL'] = '550 5.7.1 no'
+        ids = [self.submit(), self.submit()]
+        for id in ids:
+            self.assertLogged(id, 'kept in msgs/')
+        self.upstream.script.clear()
+
+        self.succeed('--retry', *ids)
+
+        self.upstream.wait(2)
+        self.assertSpooled(0)
+
+    def test_all_stands_alone(self):
+        id = self.waiting()
+
+        self.assertIn('"all"', self.fail_with('--retry', 'all', id))
+
+    def test_before_the_first_start_nothing_is_made(self):
+        self.ini()
+
+        self.assertIn('nothing waits', self.succeed('--retry', 'all'))
+        self.fail_with('--delete', '00000000-00000')
+
+        self.assertEqual(['smtpproxy.ini'], os.listdir(self.folder))
 
 
 class Delete(CommandCase):
@@ -280,6 +306,21 @@ class Delete(CommandCase):
 
         self.assertEqual([], self.spooled())
         self.assertLogged('INFO', id, 'deleted', SENDER, B)
+
+    def test_several_are_deleted_or_none(self):
+        self.upstream.script['MAIL'] = LATER
+        self.start()
+        ids = [self.submit() for _ in range(3)]
+
+        for running in True, False:
+            with self.subTest(running=running):
+                if not running:
+                    self.stop()
+                self.assertIn('"x"', self.fail_with('--delete', ids[0], 'x'))
+                self.assertSpooled(3 if running else 2)
+                self.succeed('--delete', *ids[:1 if running else 2])
+                self.assertSpooled(2 if running else 0)
+                ids = ids[1:]
 
     def test_without_a_service_it_is_deleted_at_once(self):
         id = self.waiting()
