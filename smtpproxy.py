@@ -1422,15 +1422,15 @@ UNABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
           errno.EISDIR}
 HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # by another
 
-named = set()           # what the log has of that already
+named = {}              # what was said of that already -> its line
 
 
 def name_once(path, what, error):
     """Says what a file system can't do; it is used without."""
     if what not in named:
-        named.add(what)
-        log.warning('%s: its file system cannot %s: %s; it is used without',
-                    path, what, error.strerror)
+        named[what] = '%s: its file system cannot %s: %s; it is used ' \
+            'without' % (path, what, error.strerror)
+        log.warning('%s', named[what])
 
 
 def sync_folder(path):
@@ -1627,8 +1627,9 @@ class Folder:
                 if error.errno not in UNABLE | {errno.EBADF}:   # NFS
                     raise
                 name_once(self.folder, 'lock folders', error)
-                self._lock_file = os.open(os.path.join(self.folder, '.lock'),
-                                          os.O_RDWR | os.O_CREAT, 0o600)
+                self._lock_file = os.open(
+                    os.path.join(self.folder, '.lock'),
+                    os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
                 take_lock(self._lock_file, patience)
         except OSError as error:
             raise NoLocks(error.errno, error.strerror, self.folder) from error
@@ -6884,10 +6885,13 @@ class Proxy:
         self.listen(config.host, config.port)
         if config.tlsport:
             self.listen(config.host, config.tlsport, tls=True)
+        self._lock_folder()         # before anything there is touched
         self._hand_over_files()
         self._drop_rights()
         open_log(self.settings)
-        self._found = self._open_spool()
+        for line in named.values():     # so far there was no log for them
+            log.warning('%s', line)
+        self._found = self._read_folder()
         self.handlers = Handlers(self.settings)
         self.relay = Relay(self.spool, self.settings, self.handlers,
                            reload_ini=self.reload, alerts=self.alerts)
@@ -6974,7 +6978,6 @@ class Proxy:
         try:
             if self.settings.grants:
                 hand_over_tokens(self.settings.config.tokendir, owner)
-            os.makedirs(folder, 0o700, exist_ok=True)
             hand_over(folder, '.*', owner)
             hand_over(os.path.dirname(file), re.escape(
                 os.path.basename(file)) + r'(\.\d+)?', owner)
@@ -6992,11 +6995,27 @@ class Proxy:
             raise StartError('user= and group= in [config] need a start as '
                              'root')
 
-    def _open_spool(self):
+    def _lock_folder(self):
+        with self._folder_needed():
+            try:
+                self.spool.open()
+            except PermissionError:     # on NFS root may be nobody: later
+                if os.getuid() != 0:
+                    raise
+
+    def _read_folder(self):
+        """The ids of the mails that were found."""
+        with self._folder_needed():
+            if not self.spool.is_there():
+                self.spool.open()
+            return self.spool.start()
+
+    @contextlib.contextmanager
+    def _folder_needed(self):
+        """What keeps us from msgs/ becomes a StartError."""
         folder = self.settings.config.msgdir
         try:
-            self.spool.open()
-            return self.spool.start()
+            yield
         except Busy:
             raise StartError('another smtpproxy works on %s: stop that one '
                              'first, or set another msgdir=' % folder)

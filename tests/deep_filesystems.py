@@ -88,7 +88,7 @@ class FileSystemCase(ProxyCase):
 
     def setUp(self):
         super().setUp()
-        for patch in (mock.patch.object(smtpproxy, 'named', set()),
+        for patch in (mock.patch.object(smtpproxy, 'named', {}),
                       mock.patch.object(     # it need not wait for a command
                           smtpproxy.Spool.open, '__defaults__', (0,))):
             patch.start()

@@ -1,6 +1,7 @@
 """The whole of it: start, reload and stop, as its owner sees them."""
 import contextlib
 import errno
+import fcntl
 import io
 import os
 import pwd
@@ -565,6 +566,53 @@ class Root(ProxyCase):
         self.hand_over('nowhere/smtpproxy.log')
 
         self.assertOwner(self.user.pw_uid, 'msgs')
+
+    def start_as_nobody(self, **logs):
+        """A start that hands over and, as these tests go on as root, gives up
+        nothing."""
+        with mock.patch.object(smtpproxy, 'become') as self.become:
+            self.start({'user': 'nobody'}, {
+                SENDER: self.account(), 'logging': logs})
+
+    def test_a_start_that_is_refused_touches_nothing_of_the_first(self):
+        self.start()
+        first, self.proxy = self.proxy, None
+        self.addCleanup(first.stop)
+        self.write('msgs/1.mail', '')
+
+        with mock.patch.object(smtpproxy.Spool.open, '__defaults__', (0,)), \
+                self.assertRaisesRegex(smtpproxy.StartError, 'another'):
+            self.start_as_nobody(file='second.log')
+
+        self.assertOwner(0, 'msgs', 'msgs/1.mail')
+        self.assertFalse(os.path.exists(self.path('second.log')))
+
+    def test_the_lock_that_root_took_in_a_file_is_the_users(self):
+        real = fcntl.flock
+
+        def files_only(file, operation):
+            if os.path.isdir(file):
+                raise OSError(errno.EINVAL, 'Invalid argument')
+            real(file, operation)
+        smtpproxy.named.clear()
+        with mock.patch.object(fcntl, 'flock', files_only):
+            self.start_as_nobody()
+
+        self.assertOwner(self.user.pw_uid, 'msgs', 'msgs/.lock')
+        self.assertLogged('WARNING', 'cannot lock folders')
+
+    def test_a_share_that_keeps_root_out_is_opened_by_the_user(self):
+        real = smtpproxy.Spool.open
+
+        def open_by_user(spool):
+            if not self.become.called:
+                raise PermissionError(errno.EACCES, 'Permission denied')
+            real(spool)
+        with mock.patch.object(smtpproxy.Spool, 'open', open_by_user):
+            self.start_as_nobody()
+
+        self.submit()
+        self.assertDelivered([A])
 
     def test_a_command_gives_up_all_groups_of_root(self):
         os.chown(self.path('msgs'), self.user.pw_uid, self.user.pw_gid)
