@@ -543,7 +543,7 @@ class OAuthKeys:
             if found.get('smtpsecurity') != 'ssl':
                 preset['smtpport'] = 587
         for key, value in preset.items():
-            if not found.get(key):
+            if found.get(key) in (None, ''):    # smtprate=0 is set
                 found[key] = value.replace('TENANT', tenant) if isinstance(
                     value, str) else value
 

@@ -407,6 +407,11 @@ class OAuth(SettingsCase):
             account.oauthscope, account.oauthauthurl, account.oauthflow))
         self.assertIn('/example.org/', account.oauthtokenurl)
 
+    def test_a_pace_of_0_is_no_limit_and_not_the_providers(self):
+        self.assertEqual([30, 0, 20], [
+            self.account(ME + rate).smtprate
+            for rate in ('', 'smtprate=0\n', 'smtprate=20\n')])
+
     def test_an_app_asks_for_what_it_may_have(self):
         account = self.account(ME + 'oauthflow=app\noauthclientsecret=x\n'
                                'oauthtenant=example.org\n')
