@@ -1007,9 +1007,9 @@ def changeable(path, safe):
 # --- Log: one line a step, for the owner ------------------------------------
 
 class LogFile(logging.Handler):
-    """A file that starts anew at size bytes; count old ones are kept. What
-    can't be written is said once on stderr: a full disk is the log's trouble
-    and never the mail's.
+    """A file that starts anew at size bytes; count old ones are kept. A pipe
+    or a device never does. What can't be written is said once on stderr: a
+    full disk is the log's trouble and never the mail's.
 
     Whoever touches the descriptor holds logging's lock of this handler: its
     number is soon another file's, a mail's perhaps. A thread that looked the
@@ -1039,9 +1039,13 @@ class LogFile(logging.Handler):
             self._close_file()
 
     def _open(self):
-        self._file = os.open(
-            self._path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o640)
-        self._written = os.fstat(self._file).st_size
+        # A pipe that nobody reads must not hold up the mail.
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT
+                             | os.O_APPEND | os.O_NONBLOCK, 0o640)
+        info = os.fstat(self._file)
+        self._written = info.st_size
+        if not stat.S_ISREG(info.st_mode):
+            self._size = 0              # root would rename /dev/null
 
     def _rotate(self):
         """smtpproxy.log becomes smtpproxy.log.1, that one .2, and so on. If
@@ -1154,13 +1158,19 @@ def open_log(settings):
         handler.close()
     level = settings.logging.level
     root.setLevel(logging.CRITICAL if level == 'NONE' else level)
-    folder = os.path.dirname(settings.logging.file)
-    if settings.logging.size and os.path.isdir(folder) and not os.access(
-            folder, os.W_OK):
-        log.warning('%s: user %d may not make files there, so the log can not '
-                    'begin anew and grows: set file=log/smtpproxy.log in '
-                    '[logging] and give the folder log to that user',
-                    folder, os.getuid())
+    for warning in warn_of_log(settings.logging):
+        log.warning('%s', warning)
+
+
+def warn_of_log(logs):
+    """[a warning] if the log would grow without end."""
+    folder, file = os.path.dirname(logs.file), logs.file
+    ends = logs.size and (os.path.isfile(file) or not os.path.exists(file))
+    if not ends or not os.path.isdir(folder) or os.access(folder, os.W_OK):
+        return []
+    return ['%s: user %d may not make files there, so the log can not begin '
+            'anew and grows: set file=log/smtpproxy.log in [logging] and give '
+            'the folder log to that user' % (folder, os.getuid())]
 
 
 class HandlerLog:

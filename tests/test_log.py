@@ -127,6 +127,15 @@ class Rotation(LogCase):
 
         self.assertEqual({'smtpproxy.log': 40}, self.log_files())
 
+    def test_a_device_is_never_renamed(self):
+        os.symlink('/dev/null', self.path('smtpproxy.log'))
+        self.open_log(size=1000)
+
+        self.write_lines(25)
+
+        self.assertEqual(['smtpproxy.log'], list(self.log_files()))
+        self.assertEqual('', self.stderr.getvalue())
+
     def test_a_size_is_in_bytes_whatever_the_letters(self):
         self.open_log(size=1000, count=9)
         for _ in range(20):
@@ -267,6 +276,19 @@ class Unwritable(LogCase):
         smtpproxy.log.info('there is room again')
 
         self.assertLogged('there is room again')
+
+    def test_a_pipe_that_nobody_reads_holds_nothing_up(self):
+        os.mkfifo(self.path('smtpproxy.log'))
+        self.open_log(size=1000)
+        smtpproxy.log.info('lost')
+        self.assertIn('mail goes on', self.stderr.getvalue())
+
+        reader = os.open(self.path('smtpproxy.log'), os.O_RDONLY
+                         | os.O_NONBLOCK)
+        self.addCleanup(os.close, reader)
+        smtpproxy.log.info('there is somebody')
+
+        self.assertIn(b'there is somebody', os.read(reader, 1000))
 
     def test_a_log_that_can_be_written_again_goes_on_by_itself(self):
         self.open_log(file='later/smtpproxy.log')
