@@ -5547,6 +5547,7 @@ LONGEST_WAIT = 3600         # seconds between two tries
 UNANSWERED = 3              # copies at most, where each may have arrived
 BACKLOG = 8                 # mails that wait per connection before one more
 RELOAD = 'ini', 'reload'    # the request of --add, in the place of id and what
+REFUSED = '.refused'        # behind its name: it was served, to no avail
 
 
 class MailQueue:
@@ -6397,7 +6398,7 @@ class Requests:
     none. The relay's thread serves them."""
 
     def __init__(self, relay, spool, reload_ini):
-        """reload_ini: callable(), what SIGHUP does."""
+        """reload_ini: callable(), what SIGHUP does; whether it was good."""
         self._relay, self._queues = relay, relay.queues
         self._spool, self._reload_ini = spool, reload_ini
 
@@ -6414,17 +6415,20 @@ class Requests:
                       '%s; ask again with --retry %s', id, error, id)
 
     def _serve_one(self, path, id, what):
+        done, good = True, True
         if id == 'all' and what == 'retry':
             done = self._retry_all()
         elif (id, what) == RELOAD:
-            self._reload_ini()
-            done = True
-        else:
-            done = not Spool.ID.fullmatch(id) or self._serve(id, what)
+            good = self._reload_ini()
+        elif Spool.ID.fullmatch(id):
+            done = self._serve(id, what)
         if not done:
             return                          # the next time we look
         try:
-            os.unlink(path)
+            if good:
+                os.unlink(path)
+            else:                   # whoever waits for it sees that, once
+                os.rename(path, path + REFUSED)
         except OSError as error:
             log.error('%s cannot be removed: %s', path, error)
 
@@ -7040,12 +7044,14 @@ class Proxy:
                                  folder, error.strerror, os.getuid()))
 
     def reload(self):
-        """Reads the ini anew; a bad one changes nothing."""
+        """Reads the ini anew; a bad one changes nothing. Returns whether it
+        was good."""
         with self._reloading:
             try:
-                self._reload()
+                return self._reload()
             except Exception:
                 log.exception('not reloaded: an error of ours')
+                return False
 
     def _reload(self):
         try:
@@ -7055,7 +7061,7 @@ class Proxy:
         except (ConfigError, StartError, OSError) as error:
             for line in str(error).splitlines():
                 log.error('not reloaded: %s', line)
-            return
+            return False
         for key in ('port', 'tlsport', 'host', 'msgdir', 'user', 'group'):
             if getattr(new.config, key) != getattr(self._started, key):
                 log.warning('[config] %s has changed: that needs a restart',
@@ -7072,6 +7078,7 @@ class Proxy:
         log.info('reloaded %s: %d accounts, waiting mail is tried now%s',
                  new.file, len(new.accounts), self._hint)
         self._hint = ''
+        return True
 
     def _warn(self):
         """What is odd, or waits for a person, at a start and a reload."""
@@ -7363,6 +7370,9 @@ def ask_service(spool, ids, what, sleeptime):
             tell('the service is asked; it is busy')
             return 0
         time.sleep(0.05)
+    if any(os.path.exists(path + REFUSED) for path in paths):
+        say('the service has not read its ini again; its log says why')
+        return 1
     tell({'delete': 'deleted', 'reload': 'the service has read it again'}.get(
         what, 'the service tries it now'))
     return 0
@@ -8239,8 +8249,7 @@ def add(options):
         if warning not in now.warnings:
             tell('warning: ' + warning)
     tell_device(settings, sender)
-    wake_service(settings)
-    return code
+    return wake_service(settings) or code
 
 
 def new_section(settings, text, warn):
@@ -8445,7 +8454,8 @@ def own_address():
 
 
 def wake_service(settings):
-    """Has the service read its ini again, if there is one."""
+    """Has the service read its ini again, if there is one. Returns 1 if that
+    failed."""
     spool = command_spool(settings)
     try:
         if os.path.isdir(spool.folder):
@@ -8455,10 +8465,12 @@ def wake_service(settings):
             '' if settings.file == USUAL_INI else
             ' --config ' + settings.file))
     except Busy:
-        ask_service(spool, ['ini'], 'reload', settings.config.sleeptime)
+        id, what = RELOAD
+        return ask_service(spool, [id], what, settings.config.sleeptime)
     except OSError as error:
         tell('%s: %s; if the service runs, have it reload (SIGHUP)' % (
             spool.folder, error.strerror))
+    return 0
 
 
 # --- Main -------------------------------------------------------------------

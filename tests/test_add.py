@@ -655,6 +655,30 @@ class Running(AddCase):
         self.assertEqual(250, self.code(OTHER))
         self.assertEqual([], os.listdir(self.path('msgs/asked')))
 
+    def test_an_ini_that_the_service_may_not_read_is_no_success(self):
+        self.start({'sleeptime': 600})
+        load, ask = smtpproxy.load, smtpproxy.Spool.ask
+
+        def load_for_service(path, content=None):
+            if content is None:         # not by --add
+                raise PermissionError(13, 'Permission denied', path)
+            return load(path, content)
+
+        def ask_at_once(spool, id, what):
+            path = ask(spool, id, what)
+            self.proxy.relay.wake()
+            return path
+        with mock.patch.object(smtpproxy, 'load', load_for_service), \
+                mock.patch.object(smtpproxy.Spool, 'ask', ask_at_once):
+            code, out, err = self.add(OTHER, *self.keys(), typed=[SECRET])
+
+        self.assertEqual((1, 1), (code, err.count('\n')), err)
+        self.assertIn('not read its ini again; its log', err)
+        self.assertLogged('ERROR', 'not reloaded', 'Permission denied')
+        self.proxy.relay.wake()
+        wait_until(lambda: not os.listdir(self.path('msgs/asked')))
+        self.assertEqual(1, self.log().count('not reloaded'))
+
     def test_a_reload_on_request_does_what_sighup_does(self):
         self.upstream.require_auth = False
         self.upstream.script['MAIL'] = ['451 4.3.0 later', None]
