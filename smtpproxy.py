@@ -7751,7 +7751,7 @@ SHOWN = {
     'sign-in': lambda state: state.text,
     'refused': '{}; another token is asked for'.format,
     'login': lambda how: 'taken by ' + how if how else (
-        'none, there is no smtpusername'),
+        'none, smtpusername and smtppassword are not both set'),
 }
 
 
@@ -8210,6 +8210,9 @@ def given_keys(words):
                 raise NotAdded('%s must not stand there, where others can see '
                                'it: %s=- reads it from stdin' % (key, key))
             value = read_secret(key)
+            if not value:
+                raise NotAdded('%s is empty on stdin: nothing was written'
+                               % key)
         given[key] = value
     return given
 

@@ -337,9 +337,15 @@ class Refusals(AddCase):
         for key in 'smtppassword', 'poppassword', 'localpassword':
             with self.subTest(key):
                 self.assertIn(key + '=- reads it', self.refuse(
-                    SENDER, *self.keys(**{key: SECRET})))
+                    SENDER, *self.keys(**{key: SECRET}), typed=[SECRET]))
         self.assertIn('key=value', self.refuse(
             SENDER, 'smtppassword', SECRET))
+
+    def test_a_password_that_stdin_does_not_have(self):
+        for typed in [], ['']:
+            with self.subTest(typed):
+                self.assertIn('smtppassword is empty', self.refuse(
+                    SENDER, *self.keys(), typed=typed))
 
     def test_a_section_that_is_there_stays_as_it_is(self):
         self.ini(accounts={SENDER: {'use': OTHER}, OTHER: self.account()})
@@ -498,8 +504,8 @@ class Appended(AddCase):
             conversation.say('250 fake')
         self.upstream.script['EHLO'] = change
 
-        code, _, err = self.add(SENDER, *self.keys(smtpusername=''),
-                                'smtpusername=')
+        code, _, err = self.add(SENDER, *self.keys(
+            smtpusername='', smtppassword=''), 'smtpusername=')
 
         self.assertEqual(1, code)
         self.assertIn('changed meanwhile', err)

@@ -50,7 +50,8 @@ class Steps(TrialCase):
             'name: 127.0.0.1 is 127.0.0.1',
             'connect: 127.0.0.1 port %d' % port, 'greeting: fake ESMTP',
             'EHLO: it offers PIPELINING, 8BITMIME, SIZE 100000000, ',
-            'login: none, there is no smtpusername'], out)
+            'login: none, smtpusername and smtppassword are not both '
+            'set'], out)
         self.assertTrue(out.startswith('[%s]: 127.0.0.1:%d\n' % (
             SENDER, port)))
         self.assertTrue(out.endswith(
