@@ -8502,7 +8502,10 @@ def parse(arguments):
     add('--handler-test', metavar='FILE', help='what handlers would change')
     add('--version', action='version', version='smtpproxy ' + VERSION)
     parser.add_argument('--json', action='store_true', help='with --queue')
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.json and not options.queue:      # or the service would start
+        parser.error('--json goes with --queue')
+    return options
 
 
 COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,

@@ -121,6 +121,18 @@ class Queue(CommandCase):
         row, = self.queue()
         self.assertEqual((True, None), (row['parked'], row['next']))
 
+    def test_json_alone_does_not_start_a_service(self):
+        self.ini()
+
+        with mock.patch.object(smtpproxy, 'serve') as serve, \
+                contextlib.redirect_stderr(io.StringIO()) as err, \
+                self.assertRaises(SystemExit) as caught:
+            smtpproxy.main(['--json', '--config', self.path('smtpproxy.ini')])
+
+        self.assertEqual(2, caught.exception.code)
+        self.assertIn('--json goes with --queue', err.getvalue())
+        self.assertFalse(serve.called)
+
     def test_nothing_waits(self):
         self.ini()
 
