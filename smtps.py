@@ -1303,6 +1303,9 @@ class Server:
             sock.bind((address, port))
             sock.listen(BACKLOG)
             sock.setblocking(False)
+        except TypeError as error:      # a name that has no form for DNS
+            sock.close()
+            raise OSError(errno.EINVAL, str(error))
         except BaseException:
             sock.close()
             raise
