@@ -275,7 +275,7 @@ def pem_file(text, warn):
     return text
 
 
-port_number = Number(0, 65535)
+port_number, server_port = Number(0, 65535), Number(1, 65535)
 DAY = 86400     # seconds
 
 
@@ -320,7 +320,7 @@ class Account(NamedTuple):
     localhostname: word = ''
     ipversion: Choice('any', '4', '6') = 'any'
     smtphost: host_name = ''
-    smtpport: port_number = 0
+    smtpport: server_port = 0   # by smtpsecurity
     smtpsecurity: Choice('none', 'tls', 'ssl') = 'none'
     smtpusername: one_line = ''
     smtppassword: one_line = ''
@@ -334,7 +334,7 @@ class Account(NamedTuple):
     tlscafile: pem_file = ''
     popbeforesmtp: boolean = False
     pophost: host_name = ''
-    popport: port_number = 995
+    popport: server_port = 995
     popssl: boolean_or_tls = True
     popusername: one_line = ''
     poppassword: one_line = ''
@@ -817,24 +817,19 @@ class IniReader:
         """Defaults that depend on something else, checks across keys."""
         if not os.path.isabs(config.msgdir):
             config = config._replace(msgdir=os.path.join(HOME, 'msgs'))
-        if os.path.realpath(config.msgdir) in map(os.path.realpath, (
-                HOME, self._folder)):
-            self._complain('config', 'msgdir', '= %s: must be a folder of its '
-                           'own: what is no mail there is moved to corrupt/'
-                           % config.msgdir)
         if not os.path.isabs(config.tokendir):
             config = config._replace(tokendir=os.path.join(
                 self._folder, config.tokendir or 'tokens'))
-        if os.path.realpath(config.tokendir) in map(os.path.realpath, (
-                HOME, self._folder, config.msgdir)):
-            self._complain('config', 'tokendir', '= %s: must be a folder of '
-                          'its own' % config.tokendir)
         if not os.path.isabs(logs.file):
             logs = logs._replace(file=os.path.join(self._folder, logs.file))
+        self._check_folders(config, logs)
         if bool(config.tlscert) != bool(config.tlskey):
             self._complain('config', 'tlscert', 'and tlskey go together')
         if config.tlsport and not config.tlscert:
             self._complain('config', 'tlsport', 'needs tlscert and tlskey')
+        if config.tlsport and config.tlsport == config.port:
+            self._complain('config', 'tlsport', '= %d is port= already: each '
+                           'needs one of its own' % config.port)
         try:
             smtps.Networks(config.allow)
         except ValueError as error:
@@ -846,6 +841,21 @@ class IniReader:
             self._complain('config', 'user or group', '%s is not known on '
                            'this box' % error)
         return config, logs
+
+    def _check_folders(self, config, logs):
+        """What is no mail in msgdir is moved to corrupt/ at each start."""
+        real = os.path.realpath
+        msgs, tokens = real(config.msgdir), real(config.tokendir)
+        if msgs in (real(HOME), real(self._folder)):
+            self._complain('config', 'msgdir', '= %s: must be a folder of its '
+                           'own: what is no mail there is moved to corrupt/'
+                           % config.msgdir)
+        elif real(logs.file).startswith(msgs + os.sep):
+            self._complain('logging', 'file', '= %s is in msgdir=, which is '
+                           'for mail only: set another' % logs.file)
+        if tokens in (real(HOME), real(self._folder), msgs):
+            self._complain('config', 'tokendir', '= %s: must be a folder of '
+                           'its own' % config.tokendir)
 
     def _check_alerts(self, config, accounts):
         """Who sends the alerts has to have a way out."""

@@ -355,6 +355,9 @@ class SecondStart(ProxyCase):
     def test_an_address_of_another_box_is_named(self):
         self.assertIn('192.0.2.1', self.refusal(host='192.0.2.1'))
 
+    def test_a_name_that_can_have_no_address_is_named(self):
+        self.assertIn('cannot listen on ü..x', self.refusal(host='ü..x'))
+
     def test_only_an_address_that_may_still_come_is_waited_for(self):
         for host, seconds in (('192.0.2.1', 60), ('2001:db8::1', 60),
                               ('no.such.name.invalid', 0), ('[::1]', 0),
@@ -521,13 +524,14 @@ class Root(ProxyCase):
     def test_no_folder_is_given_away_through_a_link(self):
         os.chown(self.folder, self.user.pw_uid, -1)
         os.rmdir(self.path('msgs'))
-        for link in 'msgs', 'log':
-            os.symlink(self.path('roots'), self.path(link))
-        self.write('roots/smtpproxy.log', '')
+        self.write('logs/smtpproxy.log', '')
+        for link, folder in ('msgs', 'roots'), ('log', 'logs'):
+            os.symlink(self.path(folder), self.path(link))
 
         self.hand_over('log/smtpproxy.log')
 
-        self.assertOwner(0, 'roots', 'roots/mail', 'roots/smtpproxy.log')
+        self.assertOwner(0, 'roots', 'roots/mail', 'logs',
+                         'logs/smtpproxy.log')
 
     def test_no_file_is_made_through_a_link(self):
         os.symlink(self.path('roots/new'), self.path('smtpproxy.log'))

@@ -8,6 +8,7 @@ from unittest import mock
 import smtpproxy
 import smtps
 from tests.case import FolderCase
+from tests.fakes import CERTIFICATE
 
 CONFIG = {'port': 25, 'host': '', 'sleeptime': 30, 'debuglevel': 0,
           'waitafterpop': 5, 'deleteonerror': True, 'maxsize': 100000000,
@@ -297,6 +298,8 @@ class Mistakes(SettingsCase):
         ('logging', 'level=LOUD', 'WARNING'),
         ('default', 'smtpport=65536', '65535'),
         ('default', 'popport=65536', '65535'),
+        ('default', 'smtpport=0', 'from 1 to 65535'),
+        ('default', 'popport=0', 'from 1 to 65535'),
         ('default', 'smtpconnections=101', 'from 1 to 100'),
         ('default', 'smtpsecurity=starttls', 'none, tls, ssl'),
         ('default', 'smtpauth=ntlm', 'cram-md5'),
@@ -315,6 +318,18 @@ class Mistakes(SettingsCase):
                 self.assertMistake('[%s]\n%s%s\n' % (section, host, line),
                                    '[%s]' % section, line.partition('=')[0],
                                    right)
+
+    def test_two_things_in_one_place_are_named(self):
+        self.assertMistake(
+            '[config]\nport=465\ntlsport=465\ntlscert=%s\ntlskey=%s\n' % (
+                CERTIFICATE, CERTIFICATE), '[config] tlsport', 'port=')
+        for file in 'mails/x.log', 'link/x.log', 'mails/log/x.log':
+            with self.subTest(file):
+                if not os.path.lexists(self.path('link')):
+                    os.symlink('mails', self.path('link'))
+                self.assertMistake('[config]\nmsgdir=mails\n[logging]\n'
+                                   'file=%s\n' % file,
+                                   '[logging] file', 'msgdir=')
 
     def test_what_must_be_there_is_named(self):
         pop = 'smtphost=mx\npopbeforesmtp=true\n'
