@@ -133,7 +133,9 @@ log = logging.getLogger('smtpproxy')
 # --- Settings: the whole ini at one moment ----------------------------------
 
 class ConfigError(Exception):
-    """What is wrong with the ini: args[0] is a list of str, one a mistake."""
+    """What is wrong with the ini: args[0] is a list of str, one a mistake;
+    args[1] is the Settings of all else, with config None if it is not sound;
+    None if nothing could be read."""
 
     def __str__(self):
         return '\n'.join(self.args[0])
@@ -617,7 +619,7 @@ class IniReader:
 
     def __init__(self, path, content=None):
         self._path, self._mistakes, self._warnings = path, [], []
-        self._missing = []
+        self._missing, self._faulty = [], set()     # sections with mistakes
         self._folder = os.path.dirname(os.path.abspath(path))
         self._oauth = OAuthKeys(self._complain)
         self._parser = self._parse(self._read(content))
@@ -630,7 +632,7 @@ class IniReader:
             return io.TextIOWrapper(io.BytesIO(content), 'utf-8-sig').read()
         except UnicodeDecodeError as error:
             raise ConfigError(['%s: byte %d is not UTF-8: save the file as '
-                               'UTF-8' % (self._path, error.start)])
+                               'UTF-8' % (self._path, error.start)], None)
 
     def _parse(self, text):
         """A ConfigParser of text. What it can't read is noted and blanked,
@@ -659,6 +661,7 @@ class IniReader:
                        for number, _ in error.errors]
             for number, what in bad:
                 lines[number - 1] = instead
+                self._faulty.add('config')      # it may be its line
                 self._mistakes.append('%s line %d: %s' % (
                     self._path, number, what))
 
@@ -684,14 +687,19 @@ class IniReader:
         self._resolve(accounts)
         config, logs = self._finish(config, logs)
         self._check_alerts(config, accounts)
+        settings = Settings(
+            self._path, config, logs, accounts, handlers, self._warnings,
+            {accounts[name].grant: name for name in self._oauth.sections()},
+            self._missing)
+        if 'config' in self._faulty:
+            settings = settings._replace(config=None)
         if self._mistakes:
-            raise ConfigError(self._mistakes)
-        return Settings(self._path, config, logs, accounts, handlers,
-                        self._warnings + self._find_warnings(config, accounts),
-                        {accounts[name].grant: name
-                         for name in self._oauth.sections()}, self._missing)
+            raise ConfigError(self._mistakes, settings)
+        return settings._replace(warnings=self._warnings + (
+            self._find_warnings(config, accounts)))
 
     def _complain(self, section, key, what):
+        self._faulty.add(section.lower())
         self._mistakes.append('%s: [%s] %s%s' % (
             self._path, section, key and key + ' ', what))
 
@@ -1168,12 +1176,22 @@ def open_log(settings):
         handler.close()
     level = settings.logging.level
     root.setLevel(logging.CRITICAL if level == 'NONE' else level)
-    for warning in warn_of_log(settings.logging):
+    for warning in warn_of_growth(settings.logging):
         log.warning('%s', warning)
 
 
 def warn_of_log(logs):
-    """[a warning] if the log would grow without end."""
+    """[a warning] if the log can't be written."""
+    where = logs.file if os.path.exists(logs.file) else os.path.dirname(
+        logs.file)
+    if os.access(where, os.W_OK):
+        return []
+    return ['the log %s cannot be written by user %d; mail goes on without it'
+            % (logs.file, os.getuid())]
+
+
+def warn_of_growth(logs):
+    """[a warning] if the log can only grow."""
     folder, file = os.path.dirname(logs.file), logs.file
     ends = logs.size and (os.path.isfile(file) or not os.path.exists(file))
     if not ends or not os.path.isdir(folder) or os.access(folder, os.W_OK):
@@ -1637,7 +1655,25 @@ class Folder:
             self.close()
             raise
 
-    def _take_lock(self, patience):
+    def is_locked(self):
+        """Does another process work on it now? Nothing is made for that.
+        Raises NoLocks or OSError."""
+        if not os.path.isdir(self.folder):
+            return False
+        self._lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            self._take_lock(0, 0)
+            return False
+        except Busy:
+            return True
+        except NoLocks as error:
+            if error.errno != errno.ENOENT:
+                raise
+            return False                # its lock would be a file
+        finally:
+            self.close()
+
+    def _take_lock(self, patience, making=os.O_CREAT):
         """Of the folder; of a file in it where the file system can't lock
         folders. Without any lock two services could send everything twice."""
         try:
@@ -1649,7 +1685,7 @@ class Folder:
                 name_once(self.folder, 'lock folders', error)
                 self._lock_file = os.open(
                     os.path.join(self.folder, '.lock'),
-                    os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+                    os.O_RDWR | os.O_NOFOLLOW | making, 0o600)
                 take_lock(self._lock_file, patience)
         except OSError as error:
             raise NoLocks(error.errno, error.strerror, self.folder) from error
@@ -1669,7 +1705,7 @@ class Folder:
         except OSError:
             return False
 
-    def is_gone(self, error):
+    def _is_gone(self, error):
         """Does an OSError say that a file is gone? Not if all of msgs/ is
         away: then the file may come back, and be sent again."""
         return isinstance(error, FileNotFoundError) and (
@@ -1846,7 +1882,7 @@ class Spool(Folder):
             if data is not None:
                 return mail
         except FileNotFoundError as error:
-            if self.is_gone(error):
+            if self._is_gone(error):
                 return None
             raise
         if to_send and id < self.first_own:
@@ -1933,7 +1969,7 @@ class Spool(Folder):
         try:
             os.unlink(mail.path)
         except OSError as error:
-            if not self.is_gone(error):
+            if not self._is_gone(error):
                 self._delivered.add(mail.id)
                 log.error('%s: done, but its file cannot be removed: %s; it '
                           'will not be sent again as long as we run', mail.id,
@@ -2004,7 +2040,7 @@ class Spool(Folder):
             try:
                 os.unlink(self.path(id, 'mail'))
             except OSError as error:
-                if not self.is_gone(error):
+                if not self._is_gone(error):
                     continue            # said already
             self._delivered.discard(id)
 
@@ -6852,6 +6888,13 @@ def open_itself(name, folder=None):
                        dir_fd=folder)
 
 
+def nearest_above(path):
+    """The path itself or the first folder above it that is there."""
+    while not os.path.lexists(path):
+        path = os.path.dirname(path)
+    return path
+
+
 def is_missing(host):
     """Is this an address, not a name, that this box has not got (yet)?"""
     try:        # as bytes, for str it wants the codec idna, of python3-codecs
@@ -6904,6 +6947,7 @@ class Proxy:
     def _prepare(self):
         config = self.settings.config
         require_passwords(self.settings)
+        require_identity(config)
         self.server.limits = self.limits(self.settings)
         self._wait_for_address(config.host)
         self.listen(config.host, config.port)
@@ -6971,23 +7015,60 @@ class Proxy:
             config.maxsize, config.maxconnections, config.timeout,
             smtps.Networks(config.allow).__contains__, tls)
 
-    # What --check tries without starting.
+    def obstacles(self):
+        """What keeps it from starting, found out without a start: [str]. At
+        the end we are who we would be after a start."""
+        found = []
+        for step in (functools.partial(self.limits, self.settings),
+                     self._check_folder, self._check_ports,
+                     self._drop_rights, self._check_way):
+            try:
+                step()
+            except StartError as error:
+                found += str(error).splitlines()
+        self.server.stop(0)
+        return found
 
-    def check_ports(self):
-        config = self.settings.config
+    def _check_folder(self):
+        """Is msgdir there, or can it be made?"""
+        folder = self.settings.config.msgdir
+        there = nearest_above(folder)
+        if not os.path.isdir(there) or not os.access(
+                there, os.W_OK | os.X_OK):
+            raise StartError('%s cannot be used: %s must be a folder that '
+                             'user %d may write to' % (
+                                 folder, there, os.getuid()))
+        with self._folder_needed():
+            self.spool.is_locked()
+
+    def _check_ports(self):
+        """Of a port that is taken by who works on msgdir as well no word: it
+        is most likely the service that is to be started anew."""
+        config, found = self.settings.config, []
         for port in filter(None, (config.port, config.tlsport)):
             try:
                 self.listen(config.host, port)
             except StartError as error:
-                if 'is taken' not in str(error):    # perhaps by ourselves
-                    raise
+                found.append(str(error))
+        are_ours = self.is_served() and all(
+            'is taken' in text for text in found)
+        if found and not are_ours:
+            raise StartError('\n'.join(found))
 
-    def check_folder(self):
-        folder = self.settings.config.msgdir
-        there = folder if os.path.exists(folder) else os.path.dirname(folder)
-        if not os.access(there, os.W_OK | os.X_OK):
-            raise StartError('%s cannot be used: user %d may not write to %s'
-                             % (folder, os.getuid(), there))
+    def is_served(self):
+        """Does another process work on msgdir now?"""
+        with contextlib.suppress(OSError):      # said by _check_folder
+            return self.spool.is_locked()
+        return False
+
+    def _check_way(self):
+        """May the user that we are now come to msgdir? If it was root who
+        looked at it, it will be given to that user."""
+        folder = os.path.realpath(self.settings.config.msgdir)
+        above = nearest_above(os.path.dirname(folder))
+        if os.path.isdir(above) and not os.access(above, os.X_OK):
+            raise StartError('%s cannot be used: user %d may not enter %s' % (
+                folder, os.getuid(), above))
 
     def _hand_over_files(self):
         """What root made belongs to the user that we become."""
@@ -7011,13 +7092,13 @@ class Proxy:
                 error.strerror))
 
     def _drop_rights(self):
-        uid, gid, name = identity(self.settings.config)
+        require_identity(self.settings.config)
+        if os.getuid() != 0:
+            return
         try:
-            become(uid if uid != os.getuid() else None,
-                   gid if os.getuid() == 0 else None, name)
-        except PermissionError:
-            raise StartError('user= and group= in [config] need a start as '
-                             'root')
+            become(*identity(self.settings.config))
+        except PermissionError:         # a container's root, perhaps
+            raise StartError(NEEDS_ROOT)
 
     def _lock_folder(self):
         with self._folder_needed():
@@ -7130,6 +7211,18 @@ def become_owner(config):
     become(uid, gid, name)
 
 
+NEEDS_ROOT = 'user= and group= in [config] need a start as root'
+
+
+def require_identity(config):
+    """Raises StartError unless we may become, or are, who the ini names."""
+    uid, gid, _ = identity(config)
+    if os.getuid() != 0 and (
+            uid not in (None, os.getuid()) or config.group
+            and gid not in (os.getgid(), *os.getgroups())):
+        raise StartError(NEEDS_ROOT)
+
+
 def require_passwords(settings):
     """Raises StartError if a password file can't be read."""
     if settings.missing:
@@ -7150,8 +7243,31 @@ def listener_tls(config):
 
 # --- Commands: what the owner asks on the command line ----------------------
 
-def check(settings, options):
-    """--check: would it start?"""
+def check(options):
+    """--check: would it start? A mistake in the ini hides nothing that can be
+    found out all the same."""
+    problems, warnings = [], []
+    try:
+        settings = load(options.config)
+        tell_settings(settings)
+        warnings += show_grants(settings)
+    except ConfigError as error:
+        problems, settings = error.args
+    if settings:
+        warnings += (settings.missing + settings.warnings
+                     + warn_of_trust(settings.accounts)
+                     + warn_of_log(settings.logging) + try_handlers(settings))
+        problems += look_around(settings)       # as its user from now on
+        warnings += warn_of_growth(settings.logging)
+    for line in warnings:
+        tell('warning: ' + line)
+    for line in problems:
+        say(line)
+    tell('this would start' if not problems else 'this would not start')
+    return 1 if problems else 0
+
+
+def tell_settings(settings):
     tell('%s: [config] port=%d, msgs in %s, log in %s' % (
         settings.file, settings.config.port, settings.config.msgdir,
         settings.logging.file))
@@ -7160,28 +7276,44 @@ def check(settings, options):
         for key, value in account._asdict().items():
             if value != Account._field_defaults[key]:
                 tell('    %s = %s' % (key, masked(key, value)))
-    problems = []
+
+
+def look_around(settings):
+    """What keeps the service from starting, if [config] can tell: [str]."""
+    if not settings.config:
+        return []
     proxy = Proxy(settings)
-    for step in (functools.partial(proxy.limits, settings),
-                 proxy.check_ports, proxy.check_folder):
+    if proxy.is_served():
+        tell('another smtpproxy works on %s: it has to stop before this one '
+             'starts' % settings.config.msgdir)
+    return proxy.obstacles()
+
+
+def warn_of_trust(accounts):
+    """[a warning] for each tlscafile that holds no certificate."""
+    users, warnings = {}, []        # {path: names of sections}
+    for name, account in accounts.items():
+        users.setdefault(account.tlscafile, []).append(name)
+    for path in users.keys() - {''}:
         try:
-            step()
-        except StartError as error:
-            problems.append(str(error))
-    proxy.server.stop(0)
+            smtps.client_context(path)
+        except ImportError as error:
+            return [missing_module(error)]
+        except OSError as error:
+            warnings.append('[%s] tlscafile = %s cannot be used: %s' % (
+                '], ['.join(users[path]), path, error))
+    return warnings
+
+
+def try_handlers(settings):
+    """Tells which there are; returns what is wrong with them, [str]."""
     handlers = Handlers(settings)
     for name, _, _ in handlers.enabled:
         tell('handler %s is enabled' % name)
     for name in handlers.helpers:
         tell('handlers/%s.py is no handler: a module for others to import'
              % name)
-    for line in (settings.missing + settings.warnings + handlers.problems
-                 + show_grants(settings)):
-        tell('warning: ' + line)
-    for line in problems:
-        say(line)
-    tell('this would start' if not problems else 'this would not start')
-    return 1 if problems else 0
+    return handlers.problems
 
 
 def show_grants(settings):
@@ -8518,9 +8650,9 @@ def parse(arguments):
     return options
 
 
-COMMANDS = {'check': check, 'queue': show_queue, 'retry': ask, 'delete': ask,
-            'show': show, 'handler_test': handler_test, 'login': login,
-            'logout': logout, 'test': test}
+COMMANDS = {'queue': show_queue, 'retry': ask, 'delete': ask, 'show': show,
+            'handler_test': handler_test, 'login': login, 'logout': logout,
+            'test': test}
 
 
 class Stopped(Exception):
@@ -8625,6 +8757,8 @@ def main(arguments):
             return demo(options)
         if options.add is not None:
             return add(options)
+        if options.check:
+            return check(options)
         settings = load(options.config)
         for name, command in COMMANDS.items():
             if getattr(options, name) not in (None, False):

@@ -1,10 +1,14 @@
 """What the owner asks on the command line, with and without a service."""
 import contextlib
 import errno
+import fcntl
+import grp
 import io
 import json
 import os
+import pwd
 import shutil
+import subprocess
 import sys
 import time
 import unittest
@@ -12,6 +16,7 @@ from unittest import mock
 
 import smtpproxy
 from tests.case import A, B, OTHER, SENDER, ProxyCase
+from tests.fakes import FakeSMTP
 
 LATER = '451 4.3.0 come again'
 REWRITE = '''\
@@ -505,12 +510,97 @@ class Check(CommandCase):
                      'smtppassword has %%', 'write only mx; 25 has a key'):
             self.assertIn(word, out)
 
-    def test_works_beside_a_running_service(self):
-        self.waiting()
+    def test_a_mistake_hides_nothing_else(self):
+        self.write('handlers/bad.py', '1 / 0')
+        taken, broken = self.serve(FakeSMTP()).port, self.write('x.pem', 'x')
+        self.ini({'port': taken, 'msgdir': broken + '/msgs'}, {
+            SENDER: {'smtport': 1, 'tlscafile': broken}, 'logging': {
+                'file': 'nowhere/x.log'}})
+
+        with mock.patch.object(smtpproxy, 'HOME', self.folder), \
+                mock.patch.object(sys, 'dont_write_bytecode', True):
+            code, out, err = self.command('--check')
+
+        self.assertEqual(1, code)
+        for word in ('smtpport?', 'smtphost is missing', 'is taken', '/msgs'):
+            self.assertIn(word, err)
+        for word in ('handler bad', 'tlscafile = ' + broken,
+                     'nowhere/x.log cannot be written'):
+            self.assertIn('warning: ', out)
+            self.assertIn(word, out)
+
+    def test_a_wrong_config_is_not_guessed_at(self):
+        self.ini({'port': 'x', 'msgdir': self.write('file', '') + '/msgs'})
+
+        code, _, err = self.command('--check')
+
+        self.assertEqual((1, 1), (code, err.count('\n')), err)
+
+    def test_folders_that_the_start_makes_are_no_mistake(self):
+        self.ini({'msgdir': self.path('a', 'b', 'msgs')})
 
         self.succeed('--check')
 
+        self.assertEqual(['smtpproxy.ini'], os.listdir(self.folder))
+
+    def test_works_beside_a_running_service(self):
+        self.waiting()
+        free = FakeSMTP()
+        free.close()
+        for port in self.address[1], free.port:     # of a new ini
+            with self.subTest(port):
+                self.ini({'port': port})
+                self.assertIn('another smtpproxy', self.succeed('--check'))
+
         self.assertSpooled(1)
+
+    def test_a_port_of_another_program_is_named(self):
+        self.ini({'port': self.serve(FakeSMTP()).port})
+
+        code, _, err = self.command('--check')
+
+        self.assertEqual((1, 1), (code, err.count('is taken')), err)
+
+    def test_where_there_are_no_locks_it_would_not_start(self):
+        self.ini()
+        os.mkdir(self.path('msgs'), 0o700)
+        for number, code in (errno.ENOLCK, 1), (errno.EINVAL, 0):
+            with mock.patch.object(fcntl, 'flock', side_effect=OSError(
+                    number, 'no locks')), self.subTest(number):
+                found, _, err = self.command('--check')
+                self.assertEqual((code, bool(code)), (
+                    found, 'cannot be locked' in err), err)
+        self.assertEqual([], os.listdir(self.path('msgs')))
+
+    def test_who_it_can_not_become_is_named(self):
+        group = next(group.gr_name for group in grp.getgrall()
+                     if group.gr_gid not in os.getgroups() + [os.getgid()])
+        for key, name in ('user', pwd.getpwuid(0).pw_name), ('group', group):
+            path = self.ini({key: name})
+            with mock.patch('os.getuid', return_value=12345), \
+                    self.subTest(key):
+                code, _, err = self.command('--check')
+                self.assertEqual((1, 1), (code, err.count('user= and')), err)
+                with self.assertRaisesRegex(smtpproxy.StartError, 'user= and'):
+                    smtpproxy.Proxy(smtpproxy.load(path)).start()
+
+        self.assertEqual(['smtpproxy.ini'], os.listdir(self.folder))
+
+    @unittest.skipUnless(os.getuid() == 0, 'needs root')
+    def test_a_folder_that_the_user_may_not_enter_is_named(self):
+        os.mkdir(self.path('roots'), 0o700)
+        os.chmod(self.folder, 0o755)
+        for folder, code in ('roots', 1), ('.', 0):
+            ini = self.ini({'user': 'nobody',
+                            'msgdir': self.path(folder, 'msgs')})
+            with self.subTest(folder):
+                done = subprocess.run(
+                    [sys.executable, smtpproxy.__file__, '--config', ini,
+                     '--check'], stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE, universal_newlines=True)
+                self.assertEqual(code, done.returncode, done.stderr)
+                self.assertEqual(bool(code), 'may not enter %s' % self.path(
+                    'roots') in done.stderr)
 
 
 class HandlerTest(CommandCase):
