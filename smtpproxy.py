@@ -2376,7 +2376,8 @@ class Handlers:
 
     @staticmethod
     def load(name):
-        """Instances of the handler classes in handlers/NAME.py."""
+        """Instances of the handler classes in handlers/NAME.py; an unfinished
+        one that others there are derived from is only their base."""
         import importlib.util
         import types
         from MailHandler import MailHandler
@@ -2387,9 +2388,12 @@ class Handlers:
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
-        return [kind() for kind in vars(module).values()
-                if isinstance(kind, type) and issubclass(kind, MailHandler)
-                and kind.__module__ == module.__name__]
+        kinds = [kind for kind in vars(module).values()
+                 if isinstance(kind, type) and issubclass(kind, MailHandler)
+                 and kind.__module__ == module.__name__]
+        bases = {base for kind in kinds for base in kind.__mro__[1:]}
+        return [kind() for kind in kinds
+                if kind not in bases or not kind.__abstractmethods__]
 
     def prepare(self, name, handler, options):
         logger = HandlerLog(name)

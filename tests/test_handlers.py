@@ -135,6 +135,19 @@ class Loading(HandlerCase):
         self.assertEqual(['works'], [
             entry[0] for entry in self.proxy.handlers.enabled])
 
+    def test_a_base_of_their_own_is_no_handler(self):
+        base, method = TEMPLATE.split('    def handleMessage')
+        text = base + 'class Mine(Example):\n    def handleMessage' + (
+            method + RETURN)
+        self.module(text)
+        self.module(text.replace('(Example)', '(MailHandler)'), 'unrelated')
+        self.start()
+        self.submit()
+        self.assertDelivered([A])
+
+        self.assertEqual(1, self.runs())
+        self.assertLogged('ERROR', 'unrelated', 'handleMessage')
+
     def test_what_is_not_enabled_sees_no_mail_and_costs_nothing(self):
         self.module(TEMPLATE.replace('True', 'False') + RETURN)
         self.start()
