@@ -1706,10 +1706,21 @@ class Folder:
             return False
 
     def _is_gone(self, error):
-        """Does an OSError say that a file is gone? Not if all of msgs/ is
-        away: then the file may come back, and be sent again."""
-        return isinstance(error, FileNotFoundError) and (
-            self._lock is None or self.is_there())
+        """Does an OSError say that a file in it is gone? Not if all of msgs/
+        is away: then the file may come back, and be sent again. So the folder
+        is asked that we have locked, wherever it is now."""
+        if not isinstance(error, FileNotFoundError):
+            return False
+        if self._lock is None:
+            return True
+        try:
+            os.stat(os.path.basename(error.filename), dir_fd=self._lock,
+                    follow_symlinks=False)
+        except FileNotFoundError:
+            return True
+        except OSError:                 # EIO, ESTALE: who knows
+            pass
+        return False
 
     def count_name(self):
         """The number of a name that was just made."""
