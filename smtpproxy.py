@@ -7065,9 +7065,11 @@ class Proxy:
                 self.listen(config.host, port)
             except StartError as error:
                 found.append(str(error))
-        are_ours = self.is_served() and all(
-            'is taken' in text for text in found)
-        if found and not are_ours:
+        are_taken = all('is taken' in text for text in found)
+        if found and not (are_taken and self.is_served()):
+            if are_taken:
+                found.append('if it is this service, and msgdir= has changed: '
+                             'stop it first, then start it')
             raise StartError('\n'.join(found))
 
     def is_served(self):
