@@ -5207,6 +5207,10 @@ class Courier:
         except AccountUnavailable:
             self.close()
             raise
+        except smtps.ServiceClosing as error:
+            self.close()
+            report = smtps.Report(mail.to)
+            report.settle_all(421, error.text, error.stage)
         except Exception as error:
             self.close()
             if not isinstance(error, OSError):

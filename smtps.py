@@ -68,7 +68,7 @@ The client's end:
     Envelope    who sends a mail, to whom, with which parameters
     FilePart    the content of a mail that is in a file
     Report      what became of each recipient
-    ServiceUnavailable      the server has trouble of its own
+    ServiceClosing, ServiceUnavailable      the server said 421
     BoundedReader, SmtpDialogue     replies have an end
 
 By itself, as a program:
@@ -1595,9 +1595,18 @@ def secured(sock, host, tls, watch=unwatched):
     return sock
 
 
-class ServiceUnavailable(OSError):
-    """The server said 421 before it knew more of a mail than the sender: it
-    has trouble of its own."""
+class ServiceClosing(OSError):
+    """The server said 421 before it got any content. stage: str, what it was
+    said to: mail, rcpt or data; text: str, what is behind the code."""
+
+    def __init__(self, stage, text):
+        super().__init__('421 ' + text)
+        self.stage, self.text = stage, text
+
+
+class ServiceUnavailable(ServiceClosing):
+    """It was said to MAIL, so it is no answer to this mail: the server has
+    trouble of its own."""
 
 
 class Envelope(NamedTuple):
@@ -1981,16 +1990,16 @@ class Delivery:
             if self._under_way not in (None, envelope):
                 raise ValueError('the envelope of another mail is under way')
             if self._unfinished:
-                self._command(b'RSET\r\n', ServiceUnavailable)
+                self._command(b'RSET\r\n', 'mail')
             self._unfinished = True
             if not self.pipelining:
                 return self._one_by_one(*self._commands(envelope))
             if self._under_way is None:
                 self._send(self._packet(envelope))
             self._under_way = None
-            return (self._reply(ServiceUnavailable),
-                    [self._reply() for _ in envelope.recipients],
-                    self._reply())
+            return (self._reply('mail'),
+                    [self._reply('rcpt') for _ in envelope.recipients],
+                    self._reply('data'))
         except Exception:
             self.close()
             raise
@@ -1998,13 +2007,14 @@ class Delivery:
     def _one_by_one(self, mail, recipients, data):
         """Without PIPELINING. What makes no sense after a refusal is not
         asked for."""
-        reply = self._command(mail, ServiceUnavailable)
+        reply = self._command(mail, 'mail')
         if reply[0] >= 300:
             return reply, [], NOT_ASKED
-        replies = [self._command(recipient) for recipient in recipients]
+        replies = [self._command(recipient, 'rcpt')
+                   for recipient in recipients]
         if all(code >= 300 for code, _ in replies):
             return reply, replies, NOT_ASKED
-        return reply, replies, self._command(data)
+        return reply, replies, self._command(data, 'data')
 
     def _commands(self, envelope):
         """The envelope as command lines (bytes): MAIL, [RCPT], DATA."""
@@ -2033,7 +2043,7 @@ class Delivery:
         """The content and its verdict. Raises OSError."""
         if not report.open:             # RFC 2920 3.1: 354 for nobody
             self._send(b'.\r\n')
-            self._reply()
+            self._reply('data')
             return
         ahead = self._ask_ahead(following)
         try:
@@ -2099,10 +2109,10 @@ class Delivery:
         self._show(packet)
         return packet
 
-    def _command(self, line, closing=OSError):
+    def _command(self, line, stage):
         self._show(line)
         self._send(line)
-        return self._reply(closing)
+        return self._reply(stage)
 
     def _show(self, commands):
         if self._debuglevel:
@@ -2112,11 +2122,13 @@ class Delivery:
         limit_wait(self._smtp.sock, REPLY_TIME)
         self._smtp.sock.sendall(data)
 
-    def _reply(self, closing=OSError):
-        """(code, text in one line). Raises OSError; closing on a 421."""
+    def _reply(self, stage):
+        """(code, text in one line). Raises OSError; on a 421 one that says
+        so, see ServiceClosing."""
         code, text = self._any_reply()
         if code == 421:
-            raise closing('421 ' + text)
+            closing = ServiceUnavailable if stage == 'mail' else ServiceClosing
+            raise closing(stage, text)
         return code, text
 
     def _any_reply(self, seconds=None):

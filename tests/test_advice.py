@@ -834,7 +834,7 @@ class Failures(unittest.TestCase):
                  'localhostname'),
                 ('pop', poplib.error_proto(b'-ERR [AUTH] no'), 'person',
                  'popusername'),
-                ('mail', smtps.ServiceUnavailable('421 greylisted'), '',
+                ('mail', smtps.ServiceUnavailable('mail', 'greylisted'), '',
                  'this passes')):
             with self.subTest(stage, error=error):
                 trouble = smtpproxy.unavailable(stage, error, HOST, 25)

@@ -1305,6 +1305,19 @@ class Unavailable(CourierCase):
                     outcome, smtpproxy.AccountUnavailable))
                 self.assertIn('421 4.3.2 full', said(outcome))
 
+    def test_a_421_later_on_is_a_reply_to_the_mail(self):
+        for stage in 'RCPT', 'DATA':
+            with self.subTest(stage):
+                courier = self.courier(self.smtp({stage: '421 4.3.2 full'}))
+
+                report = self.deliver(courier, self.mail(to=(A, B)))
+
+                self.assertEqual(dict.fromkeys((A, B), '421 4.3.2 full'),
+                                 report.later)
+                self.assertEqual(dict.fromkeys((A, B), stage.lower()),
+                                 report.stages)
+                self.assertFalse(courier.connected)
+
     def test_after_trouble_the_next_mail_is_tried_anew(self):
         smtp = self.smtp({'MAIL': ['421 4.3.2 full', None]})
         courier = self.courier(smtp)

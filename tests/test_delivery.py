@@ -663,6 +663,19 @@ class Failures(DeliveryCase):
             self.assertEqual(expected, isinstance(
                 raised.exception, smtps.ServiceUnavailable))
 
+    def test_a_421_says_what_it_was_said_to(self):
+        for stage in 'MAIL', 'RCPT', 'DATA':
+            for extensions in EXTENSIONS, STEPWISE:
+                delivery = self.delivery({stage: '421 4.3.2 closing'},
+                                         extensions)
+                with self.subTest(stage, extensions=extensions):
+                    with self.assertRaises(smtps.ServiceClosing) as raised:
+                        delivery.send(envelope(), HEADER, BODY)
+
+                    self.assertEqual(
+                        (stage.lower(), '4.3.2 closing'),
+                        (raised.exception.stage, raised.exception.text))
+
     def test_behind_the_content_the_report_says_who_is_in_doubt(self):
         delivery = self.delivery({'RCPT TO:<b@': '550 5.1.1 nobody',
                                   '.': DROP})

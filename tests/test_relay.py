@@ -958,6 +958,27 @@ class Advised(RelayCase):
         self.assertTrue(self.spool.load(id).parked)
         self.assertLogged('ERROR', id, 'advice: ', 'forcefrom')
 
+    def test_a_421_means_what_its_words_say(self):
+        for script, level, word, hour in (
+                ({'DATA': '421 Domain box.example.org is not allowed to send:'
+                          ' Sandbox subdomains are for test purposes only.'},
+                 'ERROR', 'sandbox domain', True),
+                ({'RCPT': '421 4.7.0 IP not in whitelist for RCPT domain, '
+                          'closing connection.'},
+                 'ERROR', 'smtp.gmail.com', True),
+                ({'RCPT': '421 4.7.1 Greylisted, please try again later'},
+                 'WARNING', 'this passes', False)):
+            with self.subTest(script):
+                id, = self.limited(script)
+                before = len(self.verbs('MAIL'))
+
+                self.advance(3000)
+                wait_until(self.at_rest)
+
+                self.assertLogged(level, id, *script.values(), word)
+                self.assertEqual(hour, before == len(self.verbs('MAIL')))
+                self.clear()
+
     def test_the_advice_stands_in_log_and_queue_once(self):
         self.begin()
         self.upstream.script['RCPT'] = '550 5.1.1 user unknown'
