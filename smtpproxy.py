@@ -3228,11 +3228,11 @@ def with_advice(problem, advice):
 
 class AccountUnavailable(Exception):
     """The account can't be used now: every mail of it has to wait. Its text
-    is for the owner. advice: what is known of it; absent: nobody is there at
-    all (refused, unreachable, unknown name); wait: seconds in which the
-    server wants to be left alone."""
+    is for the owner. advice: what is known of it; absent: the stage, as in
+    Advice, at which nobody was there at all (refused, unreachable, unknown
+    name), or ''; wait: seconds in which the server wants to be left alone."""
 
-    absent, wait = False, 0
+    absent, wait = '', 0
 
     def __init__(self, text, advice=NO_ADVICE):
         super().__init__(with_advice(text, advice))
@@ -3265,7 +3265,8 @@ def unavailable(stage, error, host, port, redact=str, hint=''):
         advice = advise(host, stage, text)
     trouble = AccountUnavailable(redact('%s: %s%s' % (
         STEPS.get(stage, stage), text, hint)), advice)
-    trouble.absent = stage == 'connect' and is_absence(error)
+    if stage in ('connect', 'pop') and is_absence(error):
+        trouble.absent = stage
     return trouble
 
 
@@ -3571,7 +3572,7 @@ def ask_token_server(account, url, form, wanted='access_token'):
     except (OSError, HTTPException, ImportError, LookupError, ValueError,
             RuntimeError) as error:     # RuntimeError: no thread to be had
         away = TokenServerAway('token server: ' + exchange.explain(error))
-        away.absent = is_absence(error)
+        away.absent = 'token' if is_absence(error) else ''
         raise away from error
     answer = parsed(body) if len(body) <= ANSWER_SIZE else {}
     if not answer and exchange.is_late():
@@ -5790,7 +5791,7 @@ class Destination(MailQueue):
         self.account, self._deliver = account, deliver
         self.sign_in = SignIn(account, clock, grants=grants)
         self.not_before, self.why = 0.0, ''
-        self.absent = False         # nobody was there: see AccountUnavailable
+        self.absent = ''            # nobody was there: see AccountUnavailable
         self._advice = NO_ADVICE    # of what it is deferred for
         self.since = 0.0            # when that began, in the spool's time
         self.failures = 0           # of the account, one after the other
@@ -5820,7 +5821,7 @@ class Destination(MailQueue):
                     one for one, when in self.due.items() if when]:
                 if one in self.due:
                     self._schedule(one, 0.0, first=bool(id))
-            self.not_before, self.absent = 0.0, False
+            self.not_before, self.absent = 0.0, ''
             self.sign_in.retry()
             self.start_threads()
             self.changed.notify_all()
@@ -5874,7 +5875,7 @@ class Destination(MailQueue):
         with self.changed:
             if self.not_before:
                 return                  # it was under way when that began
-            self.failures, self.why, self.absent = 0, '', False
+            self.failures, self.why, self.absent = 0, '', ''
             self._advice, self.since = NO_ADVICE, 0.0
             self._gets_through = True
             self.start_threads()
@@ -6313,7 +6314,8 @@ class DeliveryAgent:
     def _deliver(self, courier, mail, account):
         """Raises AccountUnavailable."""
         destination = self._destination
-        if destination.absent and destination.account.popbeforesmtp:
+        if destination.absent == 'connect' and (
+                destination.account.popbeforesmtp):
             courier.look()              # it costs no POP login
         return courier.deliver(mail, account, self._next_mail)
 

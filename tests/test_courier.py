@@ -1271,21 +1271,27 @@ class Unavailable(CourierCase):
 
     def test_nobody_there_is_absence_and_all_else_is_not(self):
         for server, keys, absent in (
-                (self.nobody(), {}, True),
-                (self.smtp({'': '554 5.3.0 no'}), {}, False),
-                (self.smtp({'EHLO': DROP}), {}, False),
+                (self.nobody(), {}, 'connect'),
+                (self.smtp(), self.by_pop(self.nobody()), 'pop'),
+                (self.smtp(), self.by_pop(self.serve(FakePOP({'': DROP}))),
+                 ''),
+                (self.smtp({'': '554 5.3.0 no'}), {}, ''),
+                (self.smtp({'EHLO': DROP}), {}, ''),
                 (self.smtp({'AUTH': '535 5.7.8 no'}, mechanisms=['PLAIN']),
-                 LOGIN, False)):
+                 LOGIN, '')):
             with self.subTest(server.script):
                 trouble = self.deliver(self.courier(server, **keys))
 
                 self.assertUnavailable(trouble, server.host)
                 self.assertEqual(absent, trouble.absent)
 
+    def by_pop(self, pop):
+        return {'popbeforesmtp': True, 'pophost': pop.host,
+                'popport': pop.port, 'popssl': False}
+
     def test_a_look_finds_out_without_a_login(self):
         pop, smtp = self.serve(FakePOP(users=USERS)), self.smtp()
-        keys = {'popbeforesmtp': True, 'pophost': pop.host,
-                'popport': pop.port, 'popssl': False}
+        keys = self.by_pop(pop)
 
         self.courier(smtp, **keys).look()
         with self.assertRaises(smtpproxy.AccountUnavailable) as raised:

@@ -557,6 +557,24 @@ class Absent(RelayCase):
 
         self.assertEqual(1, pop.connections)
 
+    def test_a_pop_server_is_missed_like_an_smtp_server(self):
+        self.begin({'sleeptime': 10}, {SENDER: self.account(
+            popbeforesmtp='true', pophost='127.0.0.1', popport=unused_port(),
+            popssl='false', popusername='me', poppassword='pw')})
+        id = self.put()
+        self.tried(id, 1)
+
+        with mock.patch('smtps.connect', wraps=smtpproxy.smtps.connect) as (
+                connect):
+            for _ in range(20):
+                self.advance(10)
+                wait_until(self.at_rest)
+
+        self.assertGreater(connect.call_count, 15)
+        self.assertEqual(0, self.upstream.connections)
+        self.assertLogged('WARNING', id, 'POP login', 'each 10 seconds')
+        self.assertEqual(1, self.log().count('refused; try 1'))
+
     def test_a_server_that_says_no_is_left_in_peace(self):
         self.upstream.script = {'': '421 4.3.2 busy'}
         self.tried_in_vain(4)
