@@ -1911,7 +1911,8 @@ class Delivery:
         """EHLO, or HELO if it must be. Raises OSError."""
         code, text = self._smtp.ehlo()
         if code >= 500:
-            code, text = self._smtp.helo()
+            with contextlib.suppress(OSError):  # it has said why it hangs up
+                code, text = self._smtp.helo()
         if code >= 300:
             raise OSError('%d %s' % (code, plain(text)))
 

@@ -146,6 +146,13 @@ class GettingThere(DeliveryCase):
 
             self.assertEqual(['EHLO', 'HELO', 'MAIL'], self.verbs()[:3])
 
+    def test_a_server_that_hangs_up_after_its_refusal_has_said_why(self):
+        self.serve({'EHLO': '501 5.5.4 argument my_box invalid',
+                    'HELO': DROP})
+
+        with self.assertRaisesRegex(OSError, '^501 5.5.4 argument my_box'):
+            self.connect()
+
     def test_tls_at_once_or_by_starttls(self):
         for implicit in True, False:
             with self.subTest(implicit=implicit):

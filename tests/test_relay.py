@@ -969,6 +969,12 @@ class Advised(RelayCase):
 
         self.assertGone()
 
+    def test_what_a_server_says_before_it_hangs_up_counts(self):
+        id, = self.limited({'HELO': DROP, 'EHLO': (
+            '501 5.5.4 HELO/EHLO argument box invalid, closing connection.')})
+
+        self.assertLogged('ERROR', id, '501 5.5.4', 'set localhostname')
+
     def test_one_that_never_passes_is_parked_at_once(self):
         id, = self.limited({'MAIL': '451 4.1.0 invalid return path: not '
                                     'owned by user'})
