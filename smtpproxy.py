@@ -4560,6 +4560,19 @@ def present(ask, command, response, apology):
 TOKEN_MECHANISMS = {'xoauth2': auth_xoauth2, 'oauthbearer': auth_oauthbearer}
 
 
+def login_advice(host, replies):
+    """The Advice on a refused login; replies: what each mechanism was told
+    ('CODE text'). The one that needs a person counts, since what comes behind
+    it is often about too many tries. 504 says only that this mechanism is
+    none, so it counts if there is nothing else."""
+    replies = [reply for reply in replies
+               if not reply.startswith('504')] or replies
+    advices = [advise(host, 'login', reply) for reply in replies]
+    persons = [advice for advice in advices if advice.kind == 'person']
+    known = [advice for advice in advices if advice is not NO_ADVICE]
+    return (persons[:1] or known[-1:] or [NO_ADVICE])[0]
+
+
 class TokenRefused(AccountUnavailable):
     """The server does not take this token; perhaps it takes a new one."""
 
@@ -4994,23 +5007,25 @@ class SignIn:
 
     def _by_password(self, delivery):
         """One mechanism after the other until one is taken."""
-        account, answers = self.account, []
+        account, replies = self.account, {}
         for name in self._mechanisms(delivery, MECHANISMS):
-            code, text = MECHANISMS[name](
-                delivery.ask, account.smtpusername, account.smtppassword)
+            try:
+                if replies:
+                    delivery.hello()
+                code, text = MECHANISMS[name](
+                    delivery.ask, account.smtpusername, account.smtppassword)
+            except OSError:
+                if not replies:
+                    raise
+                break           # it has hung up, but said something before
             if code == 235:
                 self._last_taken = name
                 return name
-            answers.append('%s: %d %s' % (
-                name, code, self.redact(smtps.plain(text))))
-            try:
-                delivery.hello()
-            except OSError:
-                break                   # it has hung up
-        advice = advise(account.smtphost, 'login', '%d %s' % (
-            code, smtps.plain(text)))
+            replies[name] = '%d %s' % (code, smtps.plain(text))
+        advice = login_advice(account.smtphost, list(replies.values()))
         raise AccountUnavailable('login at %s as %s refused (%s)%s' % (
-            account.server, account.smtpusername, '; '.join(answers),
+            account.server, account.smtpusername, self.redact('; '.join(
+                '%s: %s' % reply for reply in replies.items())),
             '' if advice.sentence else
             ': check smtpusername and smtppassword'), advice)
 

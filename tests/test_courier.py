@@ -723,6 +723,33 @@ class SigningIn(CourierCase):
 
         self.assertUnavailable(report, '535 5.7.8 wrong password')
 
+    def test_what_comes_behind_a_refusal_does_not_hide_it(self):
+        wrong = '535 5.7.8 Username and Password not accepted'
+        for script, word in (
+                ({'PLAIN': '535 5.7.139 basic authentication is disabled',
+                  'LOGIN': DROP}, 'oauth=microsoft'),
+                ({'PLAIN': wrong, 'LOGIN': '504 5.7.4 Unrecognized'},
+                 'myaccount.google.com'),
+                ({'PLAIN': '504 5.7.4 Unrecognized', 'LOGIN': wrong},
+                 'myaccount.google.com'),
+                ({'PLAIN': wrong, 'LOGIN': '421 4.7.0 Too many errors'},
+                 'myaccount.google.com'),
+                ({'PLAIN': '535 no', 'LOGIN': '454 too many login attempts'},
+                 'app password'),
+                ({'PLAIN': '454 Temporary authentication failure',
+                  'LOGIN': '504 5.7.4 Unrecognized'}, 'this passes'),
+                ({'PLAIN': '454 Temporary authentication failure',
+                  'LOGIN': '432 later'}, 'this passes')):
+            with self.subTest(script):
+                smtp = self.smtp({'AUTH ' + name: reply
+                                  for name, reply in script.items()},
+                                 mechanisms=['PLAIN', 'LOGIN'])
+
+                report = self.deliver(self.courier(smtp, **LOGIN))
+
+                self.assertUnavailable(report, script['PLAIN'],
+                                       '; advice: ', word)
+
     def test_without_a_name_or_password_there_is_no_login(self):
         for key in LOGIN:
             with self.subTest(key):
