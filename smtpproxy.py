@@ -4741,12 +4741,15 @@ class PopLogin:
         self.ends = self.made + self._lasts
 
 
+SINKS_IN = 'the POP login has to sink in'
+
+
 class PopPending(AccountUnavailable):
     """The POP login was good, SMTP has to wait a moment. until: seconds of
     the clock."""
 
     def __init__(self, until):
-        super().__init__('the POP login has to sink in')
+        super().__init__(SINKS_IN)
         self.until = until
 
 
@@ -5820,7 +5823,7 @@ class Destination(MailQueue):
         """Why a mail that comes now has to wait, for its log line, or ''."""
         if self.not_before:
             return '; it waits with %d more for %s: %s' % (
-                len(self.due), self.account.server, self.why)
+                len(self.due), self.account.server, self.why or SINKS_IN)
         if self._pace and self.due:
             return '; with smtprate=%d its turn comes in about %d seconds' % (
                 self.account.smtprate, len(self.due) * self._pace)
@@ -6380,11 +6383,11 @@ class DeliveryAgent:
 
     def _settle_pending(self, mail, error):
         """No mail of the account goes before the POP login has sunk in. That
-        is no failure. Returns True: this thread goes on."""
+        is no failure: what is known of one stays. Returns True: this thread
+        goes on."""
         destination = self._destination
-        error.absent = destination.absent
-        destination.defer(error.until - destination.clock(), error,
-                          destination.failures, 0.0)
+        with destination.changed:       # it may be deferred for longer
+            destination.not_before = max(destination.not_before, error.until)
         self._relay.queues.let_go(mail.id, destination)
         return True
 

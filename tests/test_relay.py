@@ -716,6 +716,33 @@ class PopBeforeSMTP(RelayCase):
         self.assertEqual([[A], [B]], [m.to for m in self.upstream.wait(2)])
         self.assertLogged('ERROR', id, 'refused for good', '5.1.1 never')
 
+    def test_what_needs_the_owner_is_an_error_once_for_all_logins(self):
+        self.upstream.script['.'] = '550 5.7.705 tenant has exceeded it'
+        self.begin({'sleeptime': 10}, popcheckdelay=3000)
+        id = self.put()
+
+        self.advance_until(lambda: len(self.verbs('DATA')) > 3, 600)
+
+        self.assertEqual(4, self.tried(id, 4).tries)
+        self.assertEqual(4, len(self.pop.logins))
+        self.assertEqual(1, self.log().count(' ERROR '))
+
+    def test_a_login_of_one_connection_ends_no_wait_of_another(self):
+        self.pop.script['PASS'] = lambda talk: self.wait_at_gate(talk)
+        self.begin()
+        self.put()
+        wait_until(lambda: self.pop.commands[1:])
+        destination, = self.relay.queues.destinations.values()
+        limit = smtpproxy.AccountUnavailable('the limit is reached')
+        destination.defer(3600, limit, 1, self.spool.now())
+        self.gate.set()
+        self.assertAtRest(1)
+
+        self.advance(3599)
+
+        self.assertLogged(self.put(), 'the limit is reached')
+        self.assertEqual(0, self.upstream.connections)
+
     def test_what_comes_meanwhile_hears_what_it_waits_for(self):
         self.begin()
         self.put()
