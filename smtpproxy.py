@@ -6132,6 +6132,7 @@ class FailurePolicy:
         """The same if a new POP login comes first: deleteonerror does not
         count yet."""
         self._note_verdicts(mail, report, server)
+        mail.unanswered += report.unanswered
         mail.problem, mail.handled = why_not(mail, report, server), True
         self._spool.save(mail)
         log.warning('%s: not delivered: %s; does the server not know of our '
@@ -6362,7 +6363,8 @@ class DeliveryAgent:
 
     def _settle_report(self, courier, mail, report, settings):
         """Whether the connection may be used for a next mail."""
-        if courier.wants_pop_login(mail, report):
+        if courier.wants_pop_login(mail, report) and (
+                mail.unanswered + report.unanswered < UNANSWERED):
             self._note_success()
             self._relay.policy.settle_until_login(mail, report, self._server)
             self._relay.queues.let_go(mail.id, self._destination)

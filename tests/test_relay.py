@@ -716,6 +716,22 @@ class PopBeforeSMTP(RelayCase):
         self.assertEqual([[A], [B]], [m.to for m in self.upstream.wait(2)])
         self.assertLogged('ERROR', id, 'refused for good', '5.1.1 never')
 
+    def test_nobody_gets_more_than_three_copies_for_it(self):
+        self.upstream.script = {'RCPT TO:<%s>' % B: '550 relay not permitted',
+                                '.': DROP}
+        for delete, word in ('false', 'may have arrived, 3 times'), (
+                'true', 'deleted'):
+            with self.subTest(deleteonerror=delete):
+                self.begin({'sleeptime': 10, 'deleteonerror': delete})
+                id = self.put([A, B])
+
+                self.advance_until(lambda: word in self.log(), 5)
+
+                self.assertLogged('ERROR', id, word, A, B)
+                self.assertEqual(3, len(self.verbs('DATA')))
+                self.clear()
+                self.upstream.commands.clear()
+
     def test_what_needs_the_owner_is_an_error_once_for_all_logins(self):
         self.upstream.script['.'] = '550 5.7.705 tenant has exceeded it'
         self.begin({'sleeptime': 10}, popcheckdelay=3000)
