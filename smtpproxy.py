@@ -5183,17 +5183,19 @@ class Courier:
     watch: callable(step, found), told of each step there: those of
     smtps.unwatched, and 'POP login' with the user, 'EHLO' with the
     smtps.Delivery, 'login' with the name of the mechanism ('': none); with
-    oauth 'sign-in' with its State, 'refused' with a TokenRefused.
+    oauth 'sign-in' with its State, 'refused' with a TokenRefused. begins:
+    callable(id), told when the envelope of a mail goes out.
 
     upcoming: None, or the (Mail, Account) whose envelope is under way: it
     must be delivered next."""
 
-    def __init__(self, account, sign_in, config, watch=smtps.unwatched):
+    def __init__(self, account, sign_in, config, watch=smtps.unwatched,
+                 begins=lambda id: None):
         self.account, self.sign_in, self.config = account, sign_in, config
         self.upcoming = None
         self._delivery = self._token = None
         self._pop_login = None          # the PopLogin that comes before it
-        self._watch = watch
+        self._watch, self._begins = watch, begins
         self._stepwise = False          # silence was met, see SignIn
 
     @property
@@ -5221,8 +5223,7 @@ class Courier:
             with body_of(mail) as body:
                 if mail.folded:
                     body = smtps.folded(body)
-                report = self._send(envelope_of(mail, account),
-                                    dress(mail, account), body, following)
+                report = self._send(mail, account, body, following)
         except AccountUnavailable:
             self.close()
             raise
@@ -5242,11 +5243,13 @@ class Courier:
                 if report.unanswered else ''))
         return report
 
-    def _send(self, envelope, header, body, following):
+    def _send(self, mail, account, body, following):
         """On the connection we have or, if the server has closed that
         meanwhile, on a new one. Raises AccountUnavailable, OSError."""
+        envelope, header = envelope_of(mail, account), dress(mail, account)
         while True:
             self.connect()
+            self._begins(mail.id)
             is_new, in_packets = (
                 not self._delivery.used, self._delivery.pipelining)
             began = time.monotonic()
@@ -5701,7 +5704,7 @@ class MailQueue:
             if self.closed:
                 self.done(id)
                 return False
-            self.in_hand.pop(id, None)
+            self._put_down(id)
             self._schedule(id, when, first=True)
             return True
 
@@ -5714,7 +5717,7 @@ class MailQueue:
     def done(self, id):
         """An id leaves this queue: delivered, parked, deleted, handed over."""
         with self.changed:
-            self.in_hand.pop(id, None)
+            self._put_down(id)
             self._urgent.discard(id)
             if self.closed:
                 self.changed.notify_all()       # for join()
@@ -5757,6 +5760,9 @@ class MailQueue:
         self.in_hand[id] = threading.get_ident()
         return id
 
+    def _put_down(self, id):
+        self.in_hand.pop(id, None)
+
     def _is_ready(self):
         """Whether the first of _ready may be taken."""
         if self._later:
@@ -5795,8 +5801,10 @@ class Destination(MailQueue):
     nothing is tried before `not_before`; that is FOREVER if a person has to
     sign in first.
 
-    With smtprate the mails are taken evenly, none before `_next_slot`. What
-    waits for that waits in `due`, and the connection is kept for it.
+    With smtprate the mails leave evenly: none is taken before `_next_slot`,
+    nor while another has its turn (`_turn`), from when it is taken until its
+    envelope goes out. What waits for that waits in `due`, and the connection
+    is kept for it.
     """
 
     def __init__(self, account, clock, deliver, grants, began=0.0):
@@ -5806,6 +5814,7 @@ class Destination(MailQueue):
         super().__init__(clock)
         self._pace = 60 / account.smtprate if account.smtprate else 0.0
         self._next_slot = began + self._pace
+        self._turn = None           # with smtprate: an id in hand
         self.account, self._deliver = account, deliver
         self.sign_in = SignIn(account, clock, grants=grants)
         self.not_before, self.why = 0.0, ''
@@ -5818,16 +5827,6 @@ class Destination(MailQueue):
         self._gets_through = False  # more connections are worth a try
 
     # For who has mail for it.
-
-    def outlook(self):
-        """Why a mail that comes now has to wait, for its log line, or ''."""
-        if self.not_before:
-            return '; it waits with %d more for %s: %s' % (
-                len(self.due), self.account.server, self.why or SINKS_IN)
-        if self._pace and self.due:
-            return '; with smtprate=%d its turn comes in about %d seconds' % (
-                self.account.smtprate, len(self.due) * self._pace)
-        return ''
 
     def retry(self, id=None):
         """A mail, or all that wait here, may be tried now, and the account
@@ -5871,9 +5870,16 @@ class Destination(MailQueue):
             id = super().take(patience)
             while id is None and patience and self._has_next():
                 id = super().take(patience)
-            if id:
-                self._next_slot = self.clock() + self._pace
+            if id and self._pace:
+                self._turn = id
             return id
+
+    def spend_turn(self, id):
+        """The envelope of a mail goes out now."""
+        if self._pace:
+            with self.changed:
+                self._next_slot = self.clock() + self._pace
+                self._end_turn(id)
 
     def wait(self):
         """Sleeps until a mail may be tried. False: there is nothing more to
@@ -5934,7 +5940,17 @@ class Destination(MailQueue):
             if self.not_before > self.clock():
                 return False
             self.not_before = 0.0
-        return self._next_slot <= self.clock() and super()._is_ready()
+        return (self._turn is None and self._next_slot <= self.clock()
+                and super()._is_ready())
+
+    def _put_down(self, id):
+        super()._put_down(id)
+        self._end_turn(id)              # a turn that was not spent
+
+    def _end_turn(self, id):
+        if id == self._turn:
+            self._turn = None
+            self.changed.notify_all()
 
     def _has_next(self):
         """Whether mail could go now, or as soon as its turn comes."""
@@ -5942,6 +5958,8 @@ class Destination(MailQueue):
                 and super()._is_ready())
 
     def _until_next(self):
+        if self._turn is not None:
+            return threading.TIMEOUT_MAX        # its end is notified
         blocked = max(self.not_before, self._next_slot) - self.clock()
         return min(blocked, threading.TIMEOUT_MAX) if blocked > 0 else (
             super()._until_next())
@@ -5949,7 +5967,8 @@ class Destination(MailQueue):
     def _wants_thread(self):
         if not self._threads:
             return bool(self.due) and not self.closed
-        missed_turn = self._next_slot + self._pace <= self.clock()
+        missed_turn = self._turn is None and (
+            self._next_slot + self._pace <= self.clock())
         return (self._gets_through and not self.not_before and missed_turn
                 and not self.closed and self._threads < self._most_threads
                 and len(self._ready) > self._threads * BACKLOG)
@@ -5959,6 +5978,18 @@ class Destination(MailQueue):
         if not self._threads:
             self._most_threads = self.account.smtpconnections
             self._gets_through = False
+
+
+def outlook(destination):
+    """Why a mail that comes now has to wait, for its log line, or ''."""
+    account, waiting = destination.account, len(destination.due)
+    if destination.not_before:
+        return '; it waits with %d more for %s: %s' % (
+            waiting, account.server, destination.why or SINKS_IN)
+    if account.smtprate and waiting:
+        return '; with smtprate=%d its turn comes in about %d seconds' % (
+            account.smtprate, waiting * 60 / account.smtprate)
+    return ''
 
 
 def back_off(tries, config):
@@ -6300,7 +6331,8 @@ class DeliveryAgent:
             try:
                 courier = Courier(self._destination.account,
                                   self._destination.sign_in,
-                                  self._relay.settings.config)
+                                  self._relay.settings.config,
+                                  begins=self._destination.spend_turn)
                 with contextlib.closing(courier):
                     goes_on = self._deliver_ready(courier)
                     courier.close(politely=True)
@@ -6613,7 +6645,7 @@ class Relay:
         destination = None
         if not self._handlers.enabled:
             destination = self._destination_of(sender)
-        log.info('%s%s', line, destination.outlook() if destination else '')
+        log.info('%s%s', line, outlook(destination) if destination else '')
         if destination is None or not destination.add(id):
             self.queues.unrouted.add(id)
 
@@ -6751,7 +6783,7 @@ class Relay:
             self.policy.settle_homeless(mail, self.settings)
             self.queues.unrouted.done(id)
             return
-        waits = destination.outlook()
+        waits = outlook(destination)
         if waits and not self.queues.unrouted.due:
             log.info('%s%s', id, waits.replace(';', ':', 1))
         self.queues.hand_over(id, destination, mail.is_alert)

@@ -1,11 +1,12 @@
 """smtprate: mail leaves evenly, and what waits for its turn loses nothing."""
+import os
 import time
 import unittest
 from unittest import mock
 
 import smtpproxy
-from tests.case import OTHER, SENDER
-from tests.fakes import FakeSMTP, wait_until
+from tests.case import B, OTHER, SENDER
+from tests.fakes import FakePOP, FakeSMTP, wait_until
 from tests.test_relay import DAY, LATER, RelayCase
 
 
@@ -79,6 +80,41 @@ class Evenly(PaceCase):
 
         well.wait(20)
         self.assertEqual([], self.upstream.mails)
+
+    def test_a_slow_way_to_the_server_brings_no_two_together(self):
+        def take_time(_):
+            self.clock.advance(55)
+        self.upstream.script[''] = take_time
+        self.paced(4, rate=1)
+
+        self.advance_until(lambda: len(self.upstream.mails) == 4, 1)
+
+        self.assertEven(self.times(), 60)
+
+    def test_what_went_nowhere_has_had_no_turn(self):
+        pop = self.serve(FakePOP(clock=self.clock))
+        self.paced(4, {SENDER: self.account(
+            smtprate=1, popbeforesmtp='true', pophost=pop.host,
+            popport=pop.port, popssl='false', popusername='me',
+            poppassword='pw')}, waitafterpop=5)
+
+        self.advance_until(lambda: len(self.upstream.mails) == 4, 1)
+
+        for before, after in zip(self.times(), self.times()[1:]):
+            self.assertGreaterEqual(after - before, 60)
+            self.assertLess(after - before, 70)     # a POP login before each
+
+    def test_a_mail_that_somebody_removed_holds_up_no_other(self):
+        self.upstream.script['RCPT'] = [LATER, None]
+        id, = self.paced(1)
+        self.advance_until(lambda: self.spool.load(id).tries, 1)
+        os.unlink(self.path('msgs', id + '.mail'))
+        self.advance(30)
+
+        self.put([B])
+
+        self.advance_until(lambda: self.upstream.mails, 1)
+        self.assertDelivered([B])
 
     def test_a_restart_begins_no_burst(self):
         self.paced(9)
