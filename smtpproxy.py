@@ -6204,6 +6204,7 @@ class FailurePolicy:
 
     def _settle_failure(self, mail, report, server, settings, wait, level):
         why = why_not(mail, report, server)
+        self._forgive_turn(mail, settings)
         mail.tries += 1
         mail.unanswered += report.unanswered
         mail.problem, mail.handled, mail.parked = why, True, False
@@ -6247,6 +6248,13 @@ class FailurePolicy:
         account = settings.account_for(mail.frm)
         return self.is_expired(mail.id, settings, mail.since if account
                                and account.smtprate else 0.0)
+
+    def _forgive_turn(self, mail, settings):
+        """A mail that failed before was due again, and then waited for its
+        turn (smtprate): that was no trouble."""
+        if mail.since and not mail.holds:
+            due = mail.seen + back_off(mail.tries, settings.config)
+            mail.since += max(0.0, self._spool.now() - due)
 
     def note_trouble(self, mail):
         """Keeps when the trouble of a mail began; returns when that of its

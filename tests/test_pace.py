@@ -9,6 +9,8 @@ from tests.case import B, OTHER, SENDER
 from tests.fakes import FakePOP, FakeSMTP, wait_until
 from tests.test_relay import DAY, LATER, RelayCase
 
+HOUR = 3600
+
 
 class PaceCase(RelayCase):
 
@@ -154,7 +156,7 @@ class Patience(PaceCase):
     def late(self, rate, script):
         """The id of a mail that is tried after two days of waiting."""
         self.upstream.script = script
-        self.paced(0, rate=rate, retrydays=1)
+        self.paced(0, rate=rate, retrydays=1, sleeptime=HOUR)
         with mock.patch.object(self.relay, 'announce'):
             id = self.put()
         self.clock.advance(2 * DAY)
@@ -186,19 +188,33 @@ class Patience(PaceCase):
                 self.assertLogged('ERROR', id, 'not delivered in 1 days')
                 self.clear()
 
+    def test_behind_a_backlog_it_has_all_its_days_after_a_failure(self):
+        self.upstream.script['RCPT TO:<%s>' % B] = LATER
+        self.paced(0, rate=1, retrydays=1)
+        id = self.put([B])
+        for _ in range(30):
+            self.put()
+        self.advance_until(lambda: self.spool.load(id).tries, 60)
+        for _ in range(29):
+            self.advance(HOUR)          # as if each had an hour's backlog
+            wait_until(self.at_rest)
+
+        self.advance_until(lambda: self.spool.load(id).tries > 1, 60)
+        self.assertFalse(self.spool.load(id).parked)
+        self.advance_until(lambda: self.spool.load(id).parked, HOUR)
+
+        self.assertLess(self.spool.age(id), 3 * DAY)
+
     def test_a_restart_gives_no_more_days(self):
         id = self.late(30, {'RCPT': LATER})
-        self.tried(id, 1)
-        self.advance(DAY * .6)
-        self.tried(id, 2)
+        self.advance_until(lambda: self.spool.load(id).tries > 14, HOUR)
         self.end()
-        self.begin({'sleeptime': 10, 'retrydays': 1}, {
+        self.begin({'sleeptime': HOUR, 'retrydays': 1}, {
             SENDER: self.account(smtprate=30)})
-        self.advance_until(lambda: self.spool.load(id).tries > 2, 1)
 
-        self.advance_until(lambda: self.spool.load(id).parked, DAY * .6)
+        self.advance_until(lambda: self.spool.load(id).parked, HOUR)
 
-        self.assertLess(self.spool.age(id), 4 * DAY)
+        self.assertLess(self.spool.age(id), 3.2 * DAY)
 
 
 class Queue(PaceCase):
