@@ -2566,7 +2566,8 @@ def may_miss_login(reply, proven):
     know of our POP login. proven: it has taken a mail since; then only if the
     reply speaks of that, since a server may forget us before popcheckdelay is
     over."""
-    words = re.sub(r'\S*@\S*', '', reply)      # an address says nothing
+    # An address says nothing, nor does Postfix's name of a table.
+    words = re.sub(r'\S*@\S*|\bin relay recipient table\b', '', reply)
     return bool(ABOUT_LOGIN.search(words)) or not (
         proven or ABOUT_RECIPIENT.match(reply))
 

@@ -252,6 +252,8 @@ class ByPOP(CourierCase):
                 ('RCPT', '550 5.7.1 not today', True, False),
                 ('RCPT', '550 no such user', True, False),
                 ('RCPT', '550 5.1.1 no such user <login@x>', False, False),
+                ('RCPT', '550 5.1.1 <b@x>: Recipient address rejected: User '
+                 'unknown in relay recipient table', False, False),
                 ('RCPT', '550 5.2.1 a popular mailbox', False, False),
                 ('MAIL', '552 5.3.4 too big', False, False),
                 ('DATA', '554 5.7.1 Relaying denied', False, False),
