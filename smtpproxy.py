@@ -876,15 +876,18 @@ class IniReader:
                            'for it' % config.alertfrom)
 
     def _find_divided(self, accounts):
-        """Warnings about one login at one server whose sections differ in
-        what a connection needs: connections are then counted for each."""
+        """Warnings about one user of one server whose sections differ in what
+        a connection needs, be it the port: connections and pace then count
+        for each, but not for the provider."""
         ways = {}
         for name, account in accounts.items():
-            if account.smtpusername:
-                login = account.server.lower(), account.smtpusername
+            user = account.smtpusername or (
+                account.popbeforesmtp and account.popusername)
+            if user:
+                login = account.smtphost.lower(), user.lower()
                 ways.setdefault(login, {}).setdefault(
                     account.connection, name)
-        return ['%s: [%s] have the same smtphost and smtpusername, but other '
+        return ['%s: [%s] have the same smtphost and user, but other '
                 'settings: their connections count apart; with use= they '
                 'would share them' % (self._path, '], ['.join(names.values()))
                 for names in ways.values() if len(names) > 1]

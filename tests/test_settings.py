@@ -610,15 +610,28 @@ class Warnings(SettingsCase):
                     self.ini(section, key, most)))
 
     def test_sections_that_could_share_a_login_but_do_not(self):
-        one, same, other = ('[%s]\nsmtphost=mx\nsmtpusername=me\n'
-                            'smtppassword=pw\n%s' % pair for pair in (
-                                ('a@b', ''), ('c@d', 'replyto=x@y\n'),
-                                ('e@f', 'smtpport=587\nsmtpsecurity=tls\n')))
-        third = other.replace('e@f', 'g@h') + 'smtpauth=plain\n'
-
-        self.assertEqual('', self.warnings(one + same + other))
-        self.assertIn('[e@f], [g@h] have the same smtphost',
-                      self.warnings(one + same + other + third))
+        smtp = {'smtphost': 'mx', 'smtpusername': 'me', 'smtppassword': 'pw'}
+        pop = {'smtphost': 'mx', 'popbeforesmtp': 'true', 'pophost': 'mx',
+               'popusername': 'me', 'poppassword': 'pw'}
+        for keys, other, counts_apart in (
+                (smtp, {'replyto': 'x@y'}, False),
+                (smtp, {'smtphost': 'my'}, False),
+                (smtp, {'smtpusername': 'you'}, False),
+                (smtp, {'smtpauth': 'plain'}, True),
+                (smtp, {'smtpport': '587', 'smtpsecurity': 'tls'}, True),
+                (smtp, {'smtphost': 'MX'}, True),
+                (smtp, {'smtpusername': 'Me'}, True),
+                (pop, {'replyto': 'x@y'}, False),
+                (pop, {'popcheckdelay': '300'}, True),
+                (dict(pop, popbeforesmtp='false'), {'smtpport': '26'}, False)):
+            ini = ''.join('[%s]\n%s' % (name, ''.join(
+                '%s=%s\n' % pair for pair in section.items()))
+                for name, section in (('a@b', keys), (
+                    'e@f', dict(keys, **other))))
+            with self.subTest(ini):
+                self.assertEqual(
+                    counts_apart, '[a@b], [e@f] have the same smtphost and '
+                    'user' in self.warnings(ini))
 
     # smtphost, and what the warning says of it
     HOSTS = (('smtp.x.com:587', 'only smtp.x.com; 587 has a key of its own'),
