@@ -92,6 +92,7 @@ class RelayCase(ProxyCase):
         done with before the next step."""
         def stepped():
             if not condition():
+                wait_until(self.at_rest)
                 self.advance(step)
                 wait_until(self.at_rest)
             return condition()
@@ -99,8 +100,11 @@ class RelayCase(ProxyCase):
 
     def at_rest(self):
         """Whether nobody has anything to do now."""
-        return not any(queue.in_hand or self.may_take(queue)
-                       for queue in self.relay.queues)
+        return not any(map(self.is_busy, self.relay.queues))
+
+    def is_busy(self, queue):
+        with queue.changed:     # what is taken is in hand at the same moment
+            return queue.in_hand or self.may_take(queue)
 
     def may_take(self, queue):
         with queue.changed:
