@@ -1357,8 +1357,10 @@ class OnTheWay(WireCase):
 
     def test_a_logout_is_noticed(self):
         self.begin()
-        self.put()
-        self.upstream.wait()
+        with mock.patch.object(smtpproxy, 'LINGER', .01):
+            self.put()
+            self.upstream.wait()
+            wait_until(lambda: not self.upstream.open)
 
         for grant in smtpproxy.Grants(self.settings):
             grant.forget()
