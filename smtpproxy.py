@@ -3582,15 +3582,16 @@ def ask_token_server(account, url, form, wanted='access_token'):
     if not answer and exchange.is_late():
         raise TokenServerAway('token server: ' + exchange.explain(None))
     error = answer.get('error')
+    error = veiled(error, form) if isinstance(error, str) else ''
     if status == 429 or status >= 500 or error in (
             'temporarily_unavailable', 'server_error'):
         away = TokenServerAway('token server: %s has no time: %s' % (
-            exchange.host, error or status))
+            exchange.host, smtps.plain(error)[:80] or status))
         away.wait = retry_after(headers)
         raise away
-    if error and isinstance(error, str) and not 300 <= status < 400:
-        raise TokenDenied(veiled(error, form), veiled(
-            first_line(answer.get('error_description')), form), exchange.host)
+    if error and not 300 <= status < 400:
+        raise TokenDenied(error, veiled(first_line(
+            answer.get('error_description')), form), exchange.host)
     if 300 <= status < 400 or not is_token(answer.get(wanted)):
         raise TokenServerAway(
             'token server: %s answered %d, but nothing that we understand; '

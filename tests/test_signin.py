@@ -231,6 +231,22 @@ class Moods(SignInCase):
         self.assertIn('what is *** here', caught.exception.reason)
         self.assertNotIn('refresh-1', self.log() + str(caught.exception))
 
+    def test_nor_does_its_error_which_may_be_long(self):
+        for status in 429, 502, 400:
+            with self.subTest(status):
+                grant = self.signed_in()
+                self.tokens.script['refresh'] = http(status, {
+                    'error': 'odd: grant_type=refresh_token&refresh_token=%s '
+                             '\x1b[31m%s' % (self.stored()['refresh'],
+                                             99 * 'z')})
+
+                with self.assertRaises((AWAY, NEEDED)) as caught:
+                    grant.access_token()
+
+                self.assertIn('refresh_token=***', str(caught.exception))
+                self.assertNotRegex(self.log() + str(caught.exception),
+                                    r'refresh-\d|\x1b|z{40}')
+
     def test_one_of_many_addresses_that_leads_nowhere_costs_seconds(self):
         full = self.full_listener()
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, '', address)
