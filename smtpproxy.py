@@ -3619,14 +3619,33 @@ def first_line(text):
     return text.strip().partition('\n')[0] if isinstance(text, str) else ''
 
 
+PIECE = 12                  # characters that are no coincidence
+
+
+def without_pieces(text, secrets):
+    """text without any piece of these secrets, which are so long that a
+    server wraps and cuts what it repeats of them."""
+    def veil(match):
+        run = match[0]
+        size = min(len(run), PIECE)
+        pieces = {run[i:i + size] for i in range(len(run) - size + 1)}
+        return '***' if any(secret in run or any(
+            piece in secret for piece in pieces) for secret in secrets) \
+            else run
+    return re.sub(r'[\w.~+/*!$%-]{8,}', veil, text) if secrets else text
+
+
 def veiled(text, form):
-    """A server's words, which may repeat what it was told."""
-    from urllib.parse import quote
-    for key in FORM_SECRETS:
-        for secret in form.get(key, ''), quote(form.get(key, ''), safe=''):
-            if len(secret) >= 4:
-                text = text.replace(secret, '***')
-    return text
+    """A server's words, which may repeat what it was told, whole or in
+    pieces."""
+    from urllib.parse import quote, quote_plus
+    told = [form[key] for key in FORM_SECRETS if len(form.get(key, '')) >= 4]
+    secrets = {spelt for secret in told for spelt in (
+        secret, quote_plus(secret), quote(secret, safe=''))}
+    for secret in sorted(secrets, key=len, reverse=True):
+        text = text.replace(secret, '***')
+    return without_pieces(text, {secret for secret in secrets
+                                 if len(secret) > PIECE})
 
 
 def retry_after(headers):
@@ -4672,22 +4691,6 @@ def secrets_of(account):
     return re.compile('|'.join(
         ('%s' if len(form) > 3 else r'(?<!\w)%s(?!\w)') % re.escape(form)
         for form in sorted(forms, key=len, reverse=True)) or '(?!)')
-
-
-PIECE = 12                  # characters that are no coincidence
-
-
-def without_pieces(text, secrets):
-    """text without any piece of these secrets, which are so long that a
-    server wraps and cuts what it repeats of them."""
-    def veil(match):
-        run = match[0]
-        size = min(len(run), PIECE)
-        pieces = {run[i:i + size] for i in range(len(run) - size + 1)}
-        return '***' if any(secret in run or any(
-            piece in secret for piece in pieces) for secret in secrets) \
-            else run
-    return re.sub(r'[\w.~+/-]{8,}', veil, text) if secrets else text
 
 
 def context_of(account):

@@ -247,6 +247,22 @@ class Moods(SignInCase):
                 self.assertNotRegex(self.log() + str(caught.exception),
                                     r'refresh-\d|\x1b|z{40}')
 
+    def test_nor_a_piece_of_it(self):
+        secret = 'M.C512_BAY.0.U.-Cv*K1x7!dGhpcyBpcyBhIHNlY3JldA$$' * 4
+        grant = self.make()
+        grant.store({'access_token': 'x', 'refresh_token': secret,
+                     'expires_in': 0})
+        self.later(1)
+        self.tokens.script['refresh'] = (
+            'invalid_grant token "%s..." of %s is expired (AADSTS70008)'
+            % (secret[:60], urllib.parse.quote(secret)[40:90]))
+
+        with self.assertRaises(NEEDED) as caught:
+            grant.access_token()
+
+        self.assertIn('token "***" of *** is expired (AADSTS70008)',
+                      caught.exception.reason)
+
     def test_one_of_many_addresses_that_leads_nowhere_costs_seconds(self):
         full = self.full_listener()
         found = [(socket.AF_INET, socket.SOCK_STREAM, 6, '', address)
