@@ -46,7 +46,7 @@ in smtpproxy.ini.example. The nouns:
 
     Grant               one sign-in by OAuth2: its tokens, kept and renewed
     Grants              all of them, shared by accounts
-    Tokens, TokenFile, State  what a Grant has, where, how it stands
+    Tokens, TokenFile, Freshness, State  what it has, where, how it stands
     Exchange            one question to a token server
     Countdown, BrowserLogin  what a person sees while signing in
     TokenServerAway, SignInNeeded, TokenDenied  why there is no token
@@ -3880,6 +3880,43 @@ class TokenFile:
                         'run two programs on it', self.folder, error)
 
 
+class Freshness:
+    """How long tokens are good, by both clocks: that of the box may be set
+    late, or jump; the other one begins with us.
+
+    came: clock() when the access token came, from wherever."""
+
+    def __init__(self, clock, wall):
+        self._clock, self._wall = clock, wall
+        self.came = float('-inf')
+        self.forget()
+
+    def forget(self):
+        """These are other tokens: only they know how old they are."""
+        self._known, self._until = self._clock(), None
+
+    def begin(self, answer):
+        """They have come just now, by this answer of the token server."""
+        self.came = self._known = self._clock()
+        self._until = self.came + seconds_in(answer.get('expires_in'), 3600)
+
+    def left(self, tokens):
+        """Seconds that the access token is good."""
+        now, left = self._wall(), []
+        if CLOCK_IS_SET <= tokens.renewed <= now:
+            left.append(tokens.expires - now)
+        if self._until is not None:
+            left.append(self._until - self._clock())
+        return min(left, default=0)
+
+    def is_idle(self, tokens):
+        """Has the refresh token not been used for a week?"""
+        idle = self._clock() - self._known
+        if CLOCK_IS_SET <= tokens.renewed:
+            idle = max(idle, self._wall() - tokens.renewed)
+        return idle >= IDLE_TIME
+
+
 class State(NamedTuple):
     """Of a sign-in. name: 'signed in', 'not signed in', 'away' (no token for
     now) or 'needed' (a person is); text: for the owner."""
@@ -3916,15 +3953,13 @@ class Grant:
         self.renewing = threading.Lock()
         self._tokens, self._problem = None, ''
         self._mark = ''             # of the file as we know it; '': unknown
-        self._came = self._away_at = float('-inf')  # clock(): access token
-        self._known = clock()       # since when _tokens are in memory
-        self._until = None          # clock() when it ends, if we fetched it
+        self._fresh = Freshness(clock, wall)
         self._unsaved = False       # the disk has refused _tokens
         self._again = False         # the owner has asked for another look
         self._dead = ''             # why a person is needed
         self._said = 0              # clock() when that was logged
-        self._away = None           # the last TokenServerAway, came _away_at
-        self._away_until = 0
+        self._away = None           # the last TokenServerAway
+        self._away_at = self._away_until = 0    # clock()
         self._idle_at = 0           # no idle renewal before
 
     # For those who need a token.
@@ -4020,13 +4055,8 @@ class Grant:
                 pass                    # the log says so
 
     def _is_idle(self):
-        """Has it not been used for a week? By either clock."""
-        if not self._tokens or not self._tokens.refresh:
-            return False
-        now, idle = self.wall(), self.clock() - self._known
-        if CLOCK_IS_SET <= self._tokens.renewed:
-            idle = max(idle, now - self._tokens.renewed)
-        return idle >= IDLE_TIME
+        return bool(self._tokens and self._tokens.refresh
+                    and self._fresh.is_idle(self._tokens))
 
     # For --login and --logout.
 
@@ -4037,7 +4067,8 @@ class Grant:
         with self.renewing, self.file.locked():
             self._tokens = Tokens.of(answer, None, self.wall())
             self._mark = self.file.write(self._tokens)
-            self._count_from_now(answer)
+            self._fresh.begin(answer)
+            self._away = None
 
     def forget(self):
         """Returns whether there was one. Raises OSError, TokenServerAway."""
@@ -4074,8 +4105,8 @@ class Grant:
         except (OSError, ValueError) as error:
             self._problem = '%s cannot be read: %s' % (
                 self.file.path, getattr(error, 'strerror', None) or error)
-        self._until, self._unsaved, self._known = None, False, self.clock()
-        self._away = None
+        self._fresh.forget()
+        self._unsaved, self._away = False, None
         self.retry()
         self._again = False
         return True
@@ -4086,16 +4117,8 @@ class Grant:
         if not self._tokens or self._tokens.access in ('', refused):
             return False
         need = MARGIN if refused is None else 1
-        return self._came >= asked or self._left() >= need
-
-    def _left(self):
-        """Seconds that the token is good, by both clocks."""
-        tokens, now, left = self._tokens, self.wall(), []
-        if CLOCK_IS_SET <= tokens.renewed <= now:
-            left.append(tokens.expires - now)
-        if self._until is not None:
-            left.append(self._until - self.clock())
-        return min(left, default=0)
+        return self._fresh.came >= asked or (
+            self._fresh.left(self._tokens) >= need)
 
     def _spare_the_server(self, asked):
         """Who waited for a failure has it, too."""
@@ -4110,7 +4133,7 @@ class Grant:
         try:
             with self.file.locked():
                 if self._look():        # another process was faster
-                    self._came = self.clock()
+                    self._fresh.came = self.clock()
                     if self._is_good(refused, asked):
                         return
                 self._fetch(refused, asked)
@@ -4140,22 +4163,17 @@ class Grant:
             answer = ask_token_server(account, account.oauthtokenurl, form)
         except TokenDenied as denied:
             if self._look():            # no lock: another one was faster
-                self._came = self.clock()
+                self._fresh.came = self.clock()
                 if not self._is_good(refused, asked):
                     self._fetch(refused, asked)
                 return
             age = self.wall() - self._tokens.signed_in if self._tokens else 0
             self._die(why_denied(denied, self.account, age))
-        self._count_from_now(answer)
+        self._fresh.begin(answer)
+        self._away = None
         self._save(Tokens.of(answer, tokens, self.wall()))
         log.info('sign-in of [%s]: renewed, good for %d seconds',
-                 self.section, self._until - self.clock())
-
-    def _count_from_now(self, answer):
-        now = self.clock()
-        self._came, self._known = now, now
-        self._until = now + seconds_in(answer.get('expires_in'), 3600)
-        self._away = None
+                 self.section, self._fresh.left(self._tokens))
 
     def _save(self, tokens):
         """On disk before anybody uses it; if that can't be, in memory."""
