@@ -1595,7 +1595,7 @@ class Draft:
 
 
 class Busy(Exception):
-    """Another process works on this msgs/."""
+    """Another process works on this."""
 
 
 class NoLocks(OSError):
@@ -3728,7 +3728,7 @@ class TokenFile:
 
     def __init__(self, folder, key):
         self.folder, self.key = folder, key
-        self.hold, self._held = False, None     # the lock, behind locked()
+        self._keeps, self._held = False, None   # the lock, behind locked()
         name = '%s-%08x' % (re.sub(r'[^a-z0-9.@_+-]', '-', key[0])[:80],
                             zlib.crc32('\n'.join(key).encode()))
         self.path = os.path.join(folder, name + '.json')
@@ -3830,48 +3830,63 @@ class TokenFile:
     @contextlib.contextmanager
     def locked(self):
         """Inside it no other process changes the file. Raises
-        TokenServerAway if one holds the lock for too long."""
+        TokenServerAway if one has the lock for too long."""
         lock, self._held = self._held, None
         if lock is None:
             lock = self._take_lock()
-        self.hold = False
         try:
             yield
         finally:
-            if self.hold:
-                self._held = lock
-            elif lock is not None:
-                os.close(lock)
+            self._held = lock
+            self.keep_lock(self._keeps)
+
+    def keep_lock(self, keeps):
+        """Whether the lock stays ours behind locked(). It does while newer
+        tokens are in memory only: nobody else may use up those on disk."""
+        self._keeps = keeps
+        if not keeps:
+            lock, self._held = self._held, None
+            self._release(lock)
 
     def _take_lock(self):
-        import fcntl
-        lock, end = None, time.monotonic() + LOCK_TIME
+        """Its descriptor; None if there is nothing to lock, or no way."""
+        lock = None
         try:
-            lock = os.open(self.lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW,
-                           0o600)
-            while not self._got(fcntl, lock):
-                if time.monotonic() > end:
-                    os.close(lock)
-                    raise TokenServerAway(
-                        'another process renews the sign-in %s and does not '
-                        'end' % self.path)
-                time.sleep(0.02)
+            lock = self._open_lock()
+            take_lock(lock, LOCK_TIME)
+            return lock
+        except Busy:
+            self._release(lock)
+            raise TokenServerAway('another process has the sign-in %s in hand '
+                                  'and does not end' % self.path)
         except FileNotFoundError:       # nothing is there, or a disk is away
             return None
         except OSError as error:
-            if lock is not None:
-                os.close(lock)
+            self._release(lock)
             self._go_without(error)
             return None
-        return lock
+
+    def _open_lock(self):
+        """Where nothing can be written any more it can be locked all the
+        same. Raises OSError if there is none."""
+        for flags in os.O_RDWR | os.O_CREAT, os.O_RDONLY:
+            try:
+                return os.open(self.lock, flags | os.O_NOFOLLOW, 0o600)
+            except OSError as error:
+                if not os.path.lexists(self.lock):
+                    raise
+                why = error.strerror
+        raise TokenServerAway('%s cannot be opened: %s' % (self.lock, why))
 
     @staticmethod
-    def _got(fcntl, lock):
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            return False
+    def _release(lock):
+        """A child that a handler has forked may have it open for long, so
+        that closing it here would leave it locked."""
+        import fcntl
+        if lock is not None:
+            with contextlib.suppress(OSError):      # there are no locks
+                fcntl.flock(lock, fcntl.LOCK_UN)
+            os.close(lock)
 
     def _go_without(self, error):
         if self.folder not in self.complained:
@@ -3937,11 +3952,12 @@ class Grant:
     """One sign-in: whoever needs a token for an account asks here. All
     accounts that agree in Account.grant share one.
 
-    Any thread may ask. The one that has the lock renewing talks to the token
+    Any thread may ask. The one that has the lock _renewing talks to the token
     server, the others wait and take what it got, token or failure; the lock
-    guards all names with an underscore. state() and retry() take no part in
-    that: they read, or set, one name in one step. Other processes are kept
-    out by the lock file; what they stored is read before anything is asked.
+    guards all other names with an underscore. state() and retry() take no
+    part in that: they read, or set, one name in one step. Other processes are
+    kept out by the lock file; what they stored is read before anything is
+    asked.
 
     Nothing here deletes a sign-in but forget()."""
 
@@ -3950,7 +3966,7 @@ class Grant:
         self.section, self.account = section, account
         self.clock, self.wall = clock, wall
         self.file = TokenFile(folder, account.grant)
-        self.renewing = threading.Lock()
+        self._renewing = threading.Lock()
         self._tokens, self._problem = None, ''
         self._mark = ''             # of the file as we know it; '': unknown
         self._fresh = Freshness(clock, wall)
@@ -3969,7 +3985,7 @@ class Grant:
         refused; then another one, renewed unless somebody did already. Raises
         TokenServerAway or SignInNeeded."""
         asked = self.clock()
-        with self.renewing:
+        with self._renewing:
             self._look()
             if self._dead:
                 raise self._needed()
@@ -3986,11 +4002,11 @@ class Grant:
 
     def state(self):
         """The State of it."""
-        if self.renewing.acquire(blocking=False):
+        if self._renewing.acquire(blocking=False):
             try:
                 self._look()
             finally:
-                self.renewing.release()
+                self._renewing.release()
         tokens = self._tokens
         dead = self._dead or self.file.noted(self._case())
         if not tokens and self.account.oauthflow != 'app':
@@ -4022,7 +4038,7 @@ class Grant:
         """Sees a new file, stores what the disk has refused, renews what was
         not used for a week, reminds the owner daily. Returns at once: what
         takes time is done by a thread."""
-        if not self.renewing.acquire(blocking=False):
+        if not self._renewing.acquire(blocking=False):
             return                      # it is at work
         try:
             self._look()
@@ -4031,19 +4047,16 @@ class Grant:
                 self._log_dead()
             due = self._unsaved or self._is_idle() and now >= self._idle_at
         finally:
-            self.renewing.release()
+            self._renewing.release()
         if due:
             with contextlib.suppress(RuntimeError):     # next time, then
                 threading.Thread(target=self._catch_up, daemon=True,
                                  name='sign-in-' + self.section).start()
 
     def _catch_up(self):
-        with self.renewing:
+        with self._renewing:
             try:
-                if self._unsaved:
-                    with self.file.locked():
-                        if not self._look():
-                            self._save(self._tokens)
+                self._save_again()
                 if self._is_idle() and not self._dead and (
                         self.clock() >= self._away_until):
                     self._idle_at = self.clock() + IDLE_RETRY
@@ -4053,6 +4066,15 @@ class Grant:
                             '%d seconds', self.section, away, IDLE_RETRY)
             except SignInNeeded:
                 pass                    # the log says so
+
+    def finish(self, seconds):
+        """Waits until no renewal is under way, since its answer is to be
+        stored; what the disk has refused is tried once more."""
+        if self._renewing.acquire(timeout=max(0, seconds)):
+            try:
+                self._save_again()
+            finally:
+                self._renewing.release()
 
     def _is_idle(self):
         return bool(self._tokens and self._tokens.refresh
@@ -4064,7 +4086,7 @@ class Grant:
         """Keeps what a person's sign-in brought. Raises OSError, then the old
         one is there as before, or TokenServerAway (the lock)."""
         make_folder(self.file.folder)
-        with self.renewing, self.file.locked():
+        with self._renewing, self.file.locked():
             self._tokens = Tokens.of(answer, None, self.wall())
             self._mark = self.file.write(self._tokens)
             self._fresh.begin(answer)
@@ -4074,7 +4096,7 @@ class Grant:
         """Returns whether there was one. Raises OSError, TokenServerAway."""
         if not os.path.isdir(self.file.folder):
             return False
-        with self.renewing, self.file.locked():
+        with self._renewing, self.file.locked():
             there = self.file.mark() is not None
             self.file.remove()
             return there
@@ -4107,6 +4129,7 @@ class Grant:
                 self.file.path, getattr(error, 'strerror', None) or error)
         self._fresh.forget()
         self._unsaved, self._away = False, None
+        self.file.keep_lock(False)
         self.retry()
         self._again = False
         return True
@@ -4175,6 +4198,13 @@ class Grant:
         log.info('sign-in of [%s]: renewed, good for %d seconds',
                  self.section, self._fresh.left(self._tokens))
 
+    def _save_again(self):
+        """What the disk has refused."""
+        if self._unsaved:
+            with self.file.locked():
+                if not self._look():
+                    self._save(self._tokens)
+
     def _save(self, tokens):
         """On disk before anybody uses it; if that can't be, in memory."""
         again, self._tokens = tokens is self._tokens, tokens
@@ -4189,7 +4219,7 @@ class Grant:
                           'program ends before that: %s', self.section,
                           self.file.path, error.strerror, self.command)
             self._unsaved = True
-        self.file.hold = self._unsaved
+        self.file.keep_lock(self._unsaved)
 
     def _die(self, why):
         """No more requests until the file changes, or retry()."""
@@ -4259,12 +4289,10 @@ class Grants:
             grant.renew_if_idle()
 
     def finish(self, seconds):
-        """Waits until no renewal is under way: its answer is to be stored."""
+        """At a stop."""
         end = time.monotonic() + seconds
         for grant in self:
-            if grant.renewing.acquire(timeout=max(
-                    0, end - time.monotonic())):
-                grant.renewing.release()
+            grant.finish(end - time.monotonic())
 
 
 def shown(second):

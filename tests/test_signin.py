@@ -2,6 +2,7 @@
 lost, one renewal at a time, and the three ways in which a person signs in."""
 import base64
 import contextlib
+import errno
 import functools
 import io
 import json
@@ -686,6 +687,109 @@ class File(SignInCase):
                 self.later(4000)
 
         self.assertEqual(1, self.log().count('without a lock: [Errno 95]'))
+
+    def test_a_lock_that_is_refused_is_held_by_another(self):
+        self.signed_in()
+        with mock.patch('smtpproxy.LOCK_TIME', 0.1):
+            for code in errno.EAGAIN, errno.EACCES:
+                with self.subTest(errno.errorcode[code]), mock.patch(
+                        'fcntl.flock', side_effect=OSError(code, 'held')):
+                    self.assertRaisesRegex(AWAY, 'another process',
+                                           self.make().access_token)
+
+        self.assertEqual([], self.tokens.requests)
+
+    @contextlib.contextmanager
+    def read_only(self):
+        """Inside, nothing can be written to the folder of sign-ins."""
+        error = OSError(errno.EROFS, 'Read-only file system')
+
+        def refuse(real, path, *more):
+            if str(path).startswith(self.path('tokens')) and (
+                    real is not os_open or more[0] & 3 != os.O_RDONLY):
+                raise error
+            return real(path, *more)
+        os_open = os.open
+        with contextlib.ExitStack() as stack:
+            for name in 'open', 'unlink', 'rename':
+                stack.enter_context(mock.patch('os.' + name, functools.partial(
+                    refuse, getattr(os, name))))
+            stack.enter_context(mock.patch('smtpproxy.LOCK_TIME', 0.1))
+            yield
+
+    def test_a_read_only_disk_has_no_token_used_twice(self):
+        """A command beside the service would present the refresh token on
+        disk, which is spent; some servers end the sign-in then."""
+        grant, command = self.signed_in(), self.make()
+
+        with self.read_only():
+            grant.access_token()
+            self.assertRaises(AWAY, command.access_token)
+            self.later(4000)
+            grant.access_token()
+            self.tokens.script['refresh'] = 503
+            self.later(4000)
+            self.assertRaises(AWAY, grant.access_token)
+            self.assertRaises(AWAY, command.access_token)
+        self.tokens.script.clear()
+        Idle.settle(self, grant)
+
+        self.assertEqual('refresh-3', self.stored()['refresh'])
+        self.assertTrue(command.access_token(refused='access-3'))
+        self.assertEqual(0, self.tokens.reused)
+
+    def test_a_lock_that_cannot_be_opened_is_not_passed_by(self):
+        grant = self.signed_in()
+        os.unlink(grant.file.lock)
+        os.symlink('elsewhere', grant.file.lock)
+
+        self.assertRaisesRegex(AWAY, 'lock cannot be opened',
+                               grant.access_token)
+
+    def test_a_child_that_has_the_lock_open_holds_nobody_up(self):
+        """A handler may fork, and its child inherits what is open."""
+        real = os.open
+
+        def inherited(path, *more):
+            file = real(path, *more)
+            if path.endswith('.lock'):
+                self.addCleanup(os.close, os.dup(file))
+            return file
+        with mock.patch('os.open', inherited):
+            self.signed_in().access_token()
+
+        with mock.patch('smtpproxy.LOCK_TIME', 0.1):
+            self.assertTrue(self.make().forget())
+
+    def test_who_changes_the_file_gets_the_lock(self):
+        """The service has it while the disk refuses what it has got."""
+        def remove():
+            os.unlink(self.file())
+
+        def leave():
+            """The disk took it, but for the folder's sync."""
+        for name, change in (('smtpproxy.TokenFile._sync', leave),
+                             ('os.rename', remove)):
+            with self.subTest(name):
+                grant = self.signed_in()
+                with mock.patch(name, side_effect=OSError(5, 'I/O error')):
+                    grant.access_token()
+
+                change()
+                Idle.settle(self, grant)
+
+                with mock.patch('smtpproxy.LOCK_TIME', 0.1):
+                    self.make().store(self.tokens.issue())
+
+    def test_what_is_in_memory_only_is_stored_at_a_stop(self):
+        grants = self.grants()
+        self.signed_in()
+        with mock.patch('os.rename', side_effect=OSError(28, 'disk full')):
+            next(iter(grants)).access_token()
+
+        grants.finish(1)
+
+        self.assertEqual('refresh-2', self.stored()['refresh'])
 
     def test_without_locks_what_another_one_stored_is_taken(self):
         grant = self.signed_in()
