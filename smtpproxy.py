@@ -4182,16 +4182,19 @@ class Grant:
             self._die(self._problem or (
                 'it came without a refresh token and has run out'
                 if tokens else 'not signed in'))
+        answer = denied = None
         try:
             answer = ask_token_server(account, account.oauthtokenurl, form)
-        except TokenDenied as denied:
-            if self._look():            # no lock: another one was faster
-                self._fresh.came = self.clock()
-                if not self._is_good(refused, asked):
-                    self._fetch(refused, asked)
-                return
-            age = self.wall() - self._tokens.signed_in if self._tokens else 0
-            self._die(why_denied(denied, self.account, age))
+        except TokenDenied as error:
+            denied = error
+        if self._look():                # no lock: another one was faster
+            self._fresh.came = self.clock()
+            if not self._is_good(refused, asked):
+                self._fetch(refused, asked)
+            return
+        if denied:
+            age = self.wall() - tokens.signed_in if tokens else 0
+            self._die(why_denied(denied, account, age))
         self._fresh.begin(answer)
         self._away = None
         self._save(Tokens.of(answer, tokens, self.wall()))

@@ -792,17 +792,21 @@ class File(SignInCase):
         self.assertEqual('refresh-2', self.stored()['refresh'])
 
     def test_without_locks_what_another_one_stored_is_taken(self):
-        grant = self.signed_in()
-        grant.state()
+        for reply in 'invalid_grant', http(200, GOOD):
+            with self.subTest(str(reply)[:20]):
+                grant = self.signed_in()
+                grant.state()
 
-        def faster(conversation):
-            self.make().store(self.tokens.issue())
-            return 'invalid_grant'
-        self.tokens.script['refresh'] = faster
-        with mock.patch('fcntl.flock', side_effect=OSError(95, 'no locks')):
-            self.assertEqual('access-2', grant.access_token())
+                def faster(conversation):
+                    self.make().store(self.tokens.issue())
+                    return reply
+                self.tokens.script['refresh'] = faster
+                with mock.patch('fcntl.flock', side_effect=OSError(95, '')):
+                    found = grant.access_token()
 
-        self.assertEqual(0, self.errors())
+                self.assertEqual(('access-%d' % self.tokens.count, 0),
+                                 (found, self.errors()))
+                self.assertEqual(found, self.stored()['access'])
 
     def test_a_login_beside_us_is_never_overwritten(self):
         grant = self.signed_in()
