@@ -46,7 +46,7 @@ in smtpproxy.ini.example. The nouns:
 
     Grant               one sign-in by OAuth2: its tokens, kept and renewed
     Grants              all of them, shared by accounts
-    Tokens, TokenFile, Freshness, State  what it has, where, how it stands
+    Tokens, TokenFile, Freshness, Outage, State  what it has, how it stands
     Exchange            one question to a token server
     Countdown, BrowserLogin  what a person sees while signing in
     TokenServerAway, SignInNeeded, TokenDenied  why there is no token
@@ -3397,6 +3397,7 @@ MARGIN = 600                # seconds; some servers refuse a token with less
 LOCK_TIME = 45              # seconds: another process's renewal is over then
 IDLE_TIME = 7 * 86400       # seconds; unused sign-ins end, soonest in weeks
 IDLE_RETRY = 3600           # seconds until that is tried again
+RUN_OUT = 'it came without a refresh token and has run out'
 CLOCK_IS_SET = 1735689600   # 2025: many routers begin in 1970 at each start
 
 # Of a form: what no message may repeat.
@@ -3421,9 +3422,13 @@ class TokenServerAway(AccountUnavailable):
 
 
 class SignInNeeded(AccountUnavailable):
-    """There is no token until a person acts. reason: why, a str."""
+    """There is no token until a person acts. reason: why, a str; command:
+    what the owner has to type."""
 
-    reason = ''
+    def __init__(self, section, reason, command):
+        super().__init__('no sign-in for [%s]: %s: %s' % (
+            section, reason, command))
+        self.reason = reason
 
 
 class TokenDenied(Exception):
@@ -3710,6 +3715,22 @@ def scope_to_renew(account, granted):
     return ' '.join(words) or account.oauthscope
 
 
+def app_form(account):
+    return client_form(account, grant_type='client_credentials',
+                       scope=account.oauthscope)
+
+
+def form_to_renew(account, tokens):
+    """What new tokens are asked for with; None: only a person gets some."""
+    if account.oauthflow == 'app':
+        return app_form(account)
+    if not tokens or not tokens.refresh:
+        return None
+    return client_form(account, grant_type='refresh_token',
+                       scope=scope_to_renew(account, tokens.scope),
+                       refresh_token=tokens.refresh)
+
+
 class TokenFile:
     """A sign-in on disk, and its lock. It is replaced as a whole:
 
@@ -3932,6 +3953,34 @@ class Freshness:
         return idle >= IDLE_TIME
 
 
+class Outage:
+    """The token server has not helped.
+
+    away: the last TokenServerAway, None since it has helped; until: clock()
+    before which it wants to be left alone."""
+
+    def __init__(self, clock):
+        self._clock = clock
+        self.end()
+
+    def begin(self, away):
+        """Or go on."""
+        self.away, self._at = away, self._clock()
+        self.until = self._at + away.wait
+
+    def end(self):
+        self.away, self._at, self.until = None, 0, 0
+
+    def spare_the_server(self, asked):
+        """Who waited for a failure, or asked too soon, has it, too."""
+        now = self._clock()
+        if self.away and (self._at >= asked or now < self.until):
+            away = TokenServerAway(str(self.away))
+            away.absent = self.away.absent
+            away.wait = max(0, self.until - now)
+            raise away
+
+
 class State(NamedTuple):
     """Of a sign-in. name: 'signed in', 'not signed in', 'away' (no token for
     now) or 'needed' (a person is); text: for the owner."""
@@ -3974,8 +4023,7 @@ class Grant:
         self._again = False         # the owner has asked for another look
         self._dead = ''             # why a person is needed
         self._said = 0              # clock() when that was logged
-        self._away = None           # the last TokenServerAway
-        self._away_at = self._away_until = 0    # clock()
+        self._outage = Outage(clock)
         self._idle_at = 0           # no idle renewal before
 
     # For those who need a token.
@@ -3988,16 +4036,16 @@ class Grant:
         with self._renewing:
             self._look()
             if self._dead:
-                raise self._needed()
+                raise SignInNeeded(self.section, self._dead, self.command)
             if not self._is_good(refused, asked):
-                self._spare_the_server(asked)
+                self._outage.spare_the_server(asked)
                 self._renew(refused, asked)
             return self._tokens.access
 
     def retry(self):
         """The owner wants another try: of a dead sign-in as well."""
         self._dead = ''
-        self._away_until = 0
+        self._outage.until = 0
         self._again = True              # what could not be read is read again
 
     def state(self):
@@ -4014,8 +4062,9 @@ class Grant:
                 self._problem or 'not signed in', self.command))
         if dead:
             return State('needed', '%s: %s' % (dead, self.command))
-        if self._away:
-            return State('away', str(self._away))
+        away = self._outage.away
+        if away:
+            return State('away', str(away))
         if not tokens:
             return State('signed in', self._problem
                          or 'the app signs in by itself when needed')
@@ -4058,7 +4107,7 @@ class Grant:
             try:
                 self._save_again()
                 if self._is_idle() and not self._dead and (
-                        self.clock() >= self._away_until):
+                        self.clock() >= self._outage.until):
                     self._idle_at = self.clock() + IDLE_RETRY
                     self._renew(None, self.clock())
             except TokenServerAway as away:
@@ -4090,7 +4139,7 @@ class Grant:
             self._tokens = Tokens.of(answer, None, self.wall())
             self._mark = self.file.write(self._tokens)
             self._fresh.begin(answer)
-            self._away = None
+            self._outage.end()
 
     def forget(self):
         """Returns whether there was one. Raises OSError, TokenServerAway."""
@@ -4128,7 +4177,8 @@ class Grant:
             self._problem = '%s cannot be read: %s' % (
                 self.file.path, getattr(error, 'strerror', None) or error)
         self._fresh.forget()
-        self._unsaved, self._away = False, None
+        self._outage.end()
+        self._unsaved = False
         self.file.keep_lock(False)
         self.retry()
         self._again = False
@@ -4143,15 +4193,6 @@ class Grant:
         return self._fresh.came >= asked or (
             self._fresh.left(self._tokens) >= need)
 
-    def _spare_the_server(self, asked):
-        """Who waited for a failure has it, too."""
-        if self._away and (self._away_at >= asked
-                           or self.clock() < self._away_until):
-            away = TokenServerAway(str(self._away))
-            away.absent = self._away.absent
-            away.wait = max(0, self._away_until - self.clock())
-            raise away
-
     def _renew(self, refused, asked):
         try:
             with self.file.locked():
@@ -4161,28 +4202,19 @@ class Grant:
                         return
                 self._fetch(refused, asked)
         except TokenServerAway as away:
-            self._away, self._away_at = away, self.clock()
-            self._away_until = self.clock() + away.wait
+            self._outage.begin(away)
             raise
 
     def _fetch(self, refused, asked):
         """One request."""
         tokens, account = self._tokens, self.account
-        if account.oauthflow == 'app':
-            form = app_form(account)
-            if not tokens:
-                with contextlib.suppress(OSError):
-                    make_folder(self.file.folder)
-        elif tokens and tokens.refresh:
-            form = client_form(
-                account, grant_type='refresh_token',
-                scope=scope_to_renew(account, tokens.scope),
-                refresh_token=tokens.refresh)
-        else:
-            self._die(self._problem or (
-                'it came without a refresh token and has run out'
-                if tokens else 'not signed in'))
-        answer = denied = None
+        form, answer, denied = form_to_renew(account, tokens), None, None
+        if not form:
+            self._die(self._problem or (RUN_OUT if tokens
+                                        else 'not signed in'))
+        if not tokens:                  # an app, for the first time
+            with contextlib.suppress(OSError):
+                make_folder(self.file.folder)
         try:
             answer = ask_token_server(account, account.oauthtokenurl, form)
         except TokenDenied as error:
@@ -4196,7 +4228,7 @@ class Grant:
             age = self.wall() - tokens.signed_in if tokens else 0
             self._die(why_denied(denied, account, age))
         self._fresh.begin(answer)
-        self._away = None
+        self._outage.end()
         self._save(Tokens.of(answer, tokens, self.wall()))
         log.info('sign-in of [%s]: renewed, good for %d seconds',
                  self.section, self._fresh.left(self._tokens))
@@ -4230,7 +4262,7 @@ class Grant:
         if not self._problem:           # that the commands see themselves
             self.file.note(self._case(), why)
         self._log_dead()
-        raise self._needed()
+        raise SignInNeeded(self.section, self._dead, self.command)
 
     def _case(self):
         """What a note is about: this file, and these keys of the ini."""
@@ -4241,12 +4273,6 @@ class Grant:
         self._said = self.clock()
         log.error('sign-in of [%s]: a person is needed: %s; its mail waits. '
                   'To sign in: %s', self.section, self._dead, self.command)
-
-    def _needed(self):
-        needed = SignInNeeded('no sign-in for [%s]: %s: %s' % (
-            self.section, self._dead, self.command))
-        needed.reason = self._dead
-        return needed
 
 
 class Grants:
@@ -4329,11 +4355,6 @@ class Countdown:
             tell('%s, %d:%02d minutes left (Ctrl-C gives up)' % (
                 (self.what,) + divmod(int(left), 60)))
         return left
-
-
-def app_form(account):
-    return client_form(account, grant_type='client_credentials',
-                       scope=account.oauthscope)
 
 
 def sign_in_by_app(account):
