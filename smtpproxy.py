@@ -4003,10 +4003,10 @@ class Grant:
 
     Any thread may ask. The one that has the lock _renewing talks to the token
     server, the others wait and take what it got, token or failure; the lock
-    guards all other names with an underscore. state() and retry() take no
-    part in that: they read, or set, one name in one step. Other processes are
-    kept out by the lock file; what they stored is read before anything is
-    asked.
+    guards all other names with an underscore. state(), person_needed() and
+    retry() take no part in that: they read, or set, one name in one step.
+    Other processes are kept out by the lock file; what they stored is read
+    before anything is asked.
 
     Nothing here deletes a sign-in but forget()."""
 
@@ -4035,6 +4035,7 @@ class Grant:
         asked = self.clock()
         with self._renewing:
             self._look()
+            self._find_lack()
             if self._dead:
                 raise SignInNeeded(self.section, self._dead, self.command)
             if not self._is_good(refused, asked):
@@ -4056,10 +4057,10 @@ class Grant:
             finally:
                 self._renewing.release()
         tokens = self._tokens
-        dead = self._dead or self.file.noted(self._case())
-        if not tokens and self.account.oauthflow != 'app':
-            return State('not signed in', '%s: %s' % (
-                self._problem or 'not signed in', self.command))
+        lack = self._lack(tokens)
+        if lack and not tokens:
+            return State('not signed in', '%s: %s' % (lack, self.command))
+        dead = self._dead or lack or self.file.noted(self._case())
         if dead:
             return State('needed', '%s: %s' % (dead, self.command))
         away = self._outage.away
@@ -4077,9 +4078,10 @@ class Grant:
         import shlex
         return '--login ' + shlex.quote(self.section)
 
-    def is_dead(self):
-        """Has a person to sign in before there is a token?"""
-        return bool(self._dead)
+    def person_needed(self):
+        """Why a person has to sign in before there is a token (str); '' if
+        nobody has to."""
+        return self._dead
 
     # For the relay's round.
 
@@ -4091,10 +4093,10 @@ class Grant:
             return                      # it is at work
         try:
             self._look()
-            now = self.clock()
-            if self._dead and self._said and now - self._said >= DAY:
+            self._find_lack()
+            if self._dead and self.clock() - self._said >= DAY:
                 self._log_dead()
-            due = self._unsaved or self._is_idle() and now >= self._idle_at
+            due = self._unsaved or self._is_due()
         finally:
             self._renewing.release()
         if due:
@@ -4106,8 +4108,7 @@ class Grant:
         with self._renewing:
             try:
                 self._save_again()
-                if self._is_idle() and not self._dead and (
-                        self.clock() >= self._outage.until):
+                if self._is_due():
                     self._idle_at = self.clock() + IDLE_RETRY
                     self._renew(None, self.clock())
             except TokenServerAway as away:
@@ -4125,9 +4126,11 @@ class Grant:
             finally:
                 self._renewing.release()
 
-    def _is_idle(self):
-        return bool(self._tokens and self._tokens.refresh
-                    and self._fresh.is_idle(self._tokens))
+    def _is_due(self):
+        """Is it to be renewed though nobody has asked for a token?"""
+        return bool(self._tokens and self._tokens.refresh and not self._dead
+                    and self._fresh.is_idle(self._tokens)
+                    and self.clock() >= max(self._idle_at, self._outage.until))
 
     # For --login and --logout.
 
@@ -4184,6 +4187,21 @@ class Grant:
         self._again = False
         return True
 
+    def _lack(self, tokens):
+        """Why only a person can get a token from here on (str), or ''."""
+        if form_to_renew(self.account, tokens):
+            return ''
+        if not tokens:
+            return self._problem or 'not signed in'
+        return RUN_OUT if self._fresh.left(tokens) < 1 else ''
+
+    def _find_lack(self):
+        """Says so, if it is so; that takes no request."""
+        if not self._dead:
+            self._dead = self._lack(self._tokens)
+            if self._dead:
+                self._log_dead()
+
     def _is_good(self, refused, asked):
         """May the token be used that we have? One that has come since asked
         may, however short its life is."""
@@ -4194,6 +4212,9 @@ class Grant:
             self._fresh.left(self._tokens) >= need)
 
     def _renew(self, refused, asked):
+        if not self._tokens:            # an app, for the first time
+            with contextlib.suppress(OSError):
+                make_folder(self.file.folder)
         try:
             with self.file.locked():
                 if self._look():        # another process was faster
@@ -4210,11 +4231,7 @@ class Grant:
         tokens, account = self._tokens, self.account
         form, answer, denied = form_to_renew(account, tokens), None, None
         if not form:
-            self._die(self._problem or (RUN_OUT if tokens
-                                        else 'not signed in'))
-        if not tokens:                  # an app, for the first time
-            with contextlib.suppress(OSError):
-                make_folder(self.file.folder)
+            self._die(self._lack(tokens) or RUN_OUT)
         try:
             answer = ask_token_server(account, account.oauthtokenurl, form)
         except TokenDenied as error:
@@ -4888,7 +4905,7 @@ class SignIn:
 
     def is_dead(self):
         """Whether a person has to sign in before a token can be had."""
-        return bool(self.account.oauth) and self._grant().is_dead()
+        return bool(self.account.oauth and self._grant().person_needed())
 
     def retry(self):
         """The owner wants another try, whatever we know."""

@@ -599,6 +599,20 @@ class Idle(SignInCase):
         self.assertEqual(2, self.errors())
         self.assertEqual(1, len(self.tokens.requests))
 
+    def test_who_has_not_signed_in_is_told_daily_mail_or_not(self):
+        grant = self.make()
+
+        for _ in range(4):
+            self.settle(grant)
+            self.later(43200)
+
+        self.assertEqual((2, []), (self.errors(), self.tokens.requests))
+        self.assertLogged('ERROR', SENDER, 'not signed in', '--login')
+        self.assertEqual('not signed in', grant.person_needed())
+        self.signed_in()
+        self.settle(grant)
+        self.assertEqual('', grant.person_needed())
+
     def test_a_new_file_and_none_are_seen(self):
         grant = self.make()
         self.settle(grant)
@@ -1298,6 +1312,14 @@ class Commands(SignInCase):
         self.assertRegex(said, r'signed in since \d{4}-.* renewed \d{4}-')
         self.assertEqual(0, code, said)
 
+    def test_check_names_a_sign_in_that_has_run_out(self):
+        self.make().store({'access_token': 'x', 'expires_in': 0})
+
+        code, said = self.command('--check')
+
+        self.assertRegex(said, r'warning: \[%s\] .*has run out: --login' % (
+            SENDER))
+
     @unittest.skipUnless(os.getuid() == 0, 'needs root')
     def test_root_leaves_files_to_the_user_who_needs_them(self):
         os.chmod(self.folder, 0o755)
@@ -1444,6 +1466,11 @@ class OnTheWay(WireCase):
                 self.assertEqual([], self.upstream.violations)
             self.clear()
             os.unlink(self.path('smtpproxy.log'))
+
+    def test_who_is_not_signed_in_hears_it_before_there_is_mail(self):
+        self.begin(False)
+
+        self.assertLogged('ERROR', 'not signed in', '--login')
 
     def test_who_is_not_signed_in_has_his_mail_kept(self):
         for deletes in 'false', 'true':
