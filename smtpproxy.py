@@ -4204,10 +4204,11 @@ class Grant:
 
     def _is_good(self, refused, asked):
         """May the token be used that we have? One that has come since asked
-        may, however short its life is."""
+        may, however short its life is; so may one that nothing follows."""
         if not self._tokens or self._tokens.access in ('', refused):
             return False
-        need = MARGIN if refused is None else 1
+        need = MARGIN if refused is None and form_to_renew(
+            self.account, self._tokens) else 1
         return self._fresh.came >= asked or (
             self._fresh.left(self._tokens) >= need)
 

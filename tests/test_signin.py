@@ -515,6 +515,16 @@ class Renewal(SignInCase):
         self.assertRaisesRegex(SignInNeeded, 'without a refresh token',
                                self.make().access_token)
 
+    def test_without_refresh_token_a_token_is_used_to_its_end(self):
+        self.make().store({'access_token': 'x', 'expires_in': 300})
+
+        self.assertEqual('x', self.make().access_token())
+        self.later(299)
+        self.assertEqual('x', self.make().access_token())
+        self.later(1)
+
+        self.assertRaises(SignInNeeded, self.make().access_token)
+
     def test_an_app_signs_in_by_itself(self):
         self.tokens.clients['id'] = 'hush'
         app = self.make('oauthflow=app\noauthclientsecret=hush\n')
