@@ -3947,9 +3947,9 @@ class Freshness:
 
     def is_idle(self, tokens):
         """Has the refresh token not been used for a week?"""
-        idle = self._clock() - self._known
-        if CLOCK_IS_SET <= tokens.renewed:
-            idle = max(idle, self._wall() - tokens.renewed)
+        idle, now = self._clock() - self._known, self._wall()
+        if CLOCK_IS_SET <= min(now, tokens.renewed):
+            idle = max(idle, abs(now - tokens.renewed))     # it was ahead then
         return idle >= IDLE_TIME
 
 

@@ -584,6 +584,18 @@ class Idle(SignInCase):
 
         self.assertEqual('refresh-2', self.stored()['refresh'])
 
+    def test_a_clock_that_was_ahead_does_not_put_it_off(self):
+        """A box that is started daily has no other clock to go by."""
+        self.wall.now = NOW + 40 * 86400
+        self.signed_in()
+        self.wall.now = NOW
+
+        for _ in range(8):
+            self.settle(self.make())
+            self.later(86400)
+
+        self.assertEqual(2, len(self.tokens.requests))
+
     def test_a_server_that_is_away_is_asked_each_hour(self):
         self.tokens.script['refresh'] = 503
         grant = self.signed_in()
