@@ -3397,6 +3397,7 @@ MARGIN = 600                # seconds; some servers refuse a token with less
 LOCK_TIME = 45              # seconds: another process's renewal is over then
 IDLE_TIME = 7 * 86400       # seconds; unused sign-ins end, soonest in weeks
 IDLE_RETRY = 3600           # seconds until that is tried again
+AWAY = ' away'              # of a note's case: no person is needed
 RUN_OUT = 'it came without a refresh token and has run out'
 CLOCK_IS_SET = 1735689600   # 2025: many routers begin in 1970 at each start
 
@@ -3741,8 +3742,9 @@ class TokenFile:
                                          perhaps the new tokens
 
     NAME.lock keeps processes apart and is never removed, since another one
-    may have it open. NAME.needed says why NAME.json is of no use any more:
-    for the commands, which do not ask the token server. key: Account.grant.
+    may have it open. NAME.needed says why NAME.json is of no use any more, or
+    can't be renewed: for the commands, which do not ask the token server.
+    key: Account.grant.
     """
 
     complained = set()      # folders that have no locks, said already
@@ -3810,7 +3812,7 @@ class TokenFile:
         return self.mark()
 
     def note(self, case, why):
-        """Leaves word that a person is needed in this case (str)."""
+        """Leaves word of what is wrong in this case (str)."""
         import json
         with contextlib.suppress(OSError):      # the log says it, too
             self._remove(self.needed)
@@ -3819,7 +3821,7 @@ class TokenFile:
                 file.write(json.dumps({'case': case, 'why': why}).encode())
 
     def noted(self, case):
-        """Why a person is needed in this case; '' if that is not so."""
+        """What is wrong in this case; '' if nothing is."""
         try:
             with open(os.open(self.needed, os.O_RDONLY | os.O_NOFOLLOW
                               | os.O_NONBLOCK), 'rb') as file:
@@ -3970,6 +3972,14 @@ class Outage:
 
     def end(self):
         self.away, self._at, self.until = None, 0, 0
+        self._told = float('-inf')
+
+    def is_news(self):
+        """For a log that needs it once and daily."""
+        news = self._clock() - self._told >= DAY
+        if news:
+            self._told = self._clock()
+        return news
 
     def spare_the_server(self, asked):
         """Who waited for a failure, or asked too soon, has it, too."""
@@ -4063,7 +4073,7 @@ class Grant:
         dead = self._dead or lack or self.file.noted(self._case())
         if dead:
             return State('needed', '%s: %s' % (dead, self.command))
-        away = self._outage.away
+        away = self._outage.away or self.file.noted(self._case() + AWAY)
         if away:
             return State('away', str(away))
         if not tokens:
@@ -4112,8 +4122,10 @@ class Grant:
                     self._idle_at = self.clock() + IDLE_RETRY
                     self._renew(None, self.clock())
             except TokenServerAway as away:
-                log.warning('sign-in of [%s]: not renewed: %s; next try in '
-                            '%d seconds', self.section, away, IDLE_RETRY)
+                if self._outage.is_news():
+                    self.file.note(self._case() + AWAY, str(away))
+                    log.warning('sign-in of [%s]: not renewed: %s; a try each '
+                                '%d seconds', self.section, away, IDLE_RETRY)
             except SignInNeeded:
                 pass                    # the log says so
 

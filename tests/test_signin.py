@@ -607,7 +607,22 @@ class Idle(SignInCase):
         self.settle(grant)
 
         self.assertEqual(2, len(self.tokens.requests))
+
+    def test_that_it_is_away_is_said_daily_and_by_check(self):
+        self.tokens.script['refresh'] = [503] * 26 + [None]
+        grant = self.signed_in()
+        self.later(WEEK)
+
+        for _ in range(26):
+            self.settle(grant)
+            self.later(3600)
+
+        self.assertEqual(26, len(self.tokens.requests))
+        self.assertEqual(2, self.log().count('WARNING'))
         self.assertLogged('WARNING', SENDER, '503')
+        self.assertIn('has no time: 503', self.make().state().text)
+        self.settle(grant)
+        self.assertEqual('signed in', self.make().state().name)
 
     def test_the_owner_is_reminded_daily(self):
         self.tokens.script['refresh'] = 'invalid_grant'
