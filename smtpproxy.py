@@ -3832,11 +3832,15 @@ class TokenFile:
             found.get('case') == case) else ''
 
     def remove(self):
-        """Raises OSError."""
+        """Returns whether there was one. Raises OSError."""
+        try:
+            there = self.mark() is not None
+        except (FileNotFoundError, NotADirectoryError):
+            return False                # there is no folder
         for path in self.path, self.new, self.needed:
             self._remove(path)
-        if os.path.isdir(self.folder):
-            self._sync()
+        self._sync()
+        return there
 
     @staticmethod
     def _remove(path):
@@ -3882,8 +3886,8 @@ class TokenFile:
             self._release(lock)
             raise TokenServerAway('another process has the sign-in %s in hand '
                                   'and does not end' % self.path)
-        except FileNotFoundError:       # nothing is there, or a disk is away
-            return None
+        except (FileNotFoundError, NotADirectoryError):
+            return None                 # nothing is there, or a disk is away
         except OSError as error:
             self._release(lock)
             self._go_without(error)
@@ -4158,12 +4162,8 @@ class Grant:
 
     def forget(self):
         """Returns whether there was one. Raises OSError, TokenServerAway."""
-        if not os.path.isdir(self.file.folder):
-            return False
         with self._renewing, self.file.locked():
-            there = self.file.mark() is not None
-            self.file.remove()
-            return there
+            return self.file.remove()
 
     # With the lock.
 

@@ -870,6 +870,17 @@ class File(SignInCase):
 
         self.assertEqual('y', self.tokens.requests[0].form['refresh_token'])
 
+    def test_a_folder_that_cannot_be_looked_into_is_not_an_empty_one(self):
+        os.symlink('tokens', self.path('tokens'))
+        with self.assertRaises(OSError):
+            self.make().forget()
+
+        for make in (lambda: None, lambda: self.write('tokens', '')):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path('tokens'))
+            make()
+            self.assertFalse(self.make().forget())
+
     def test_the_lock_is_never_removed(self):
         grant = self.signed_in()
 
