@@ -4519,7 +4519,10 @@ class BrowserLogin:
         return self._read_visit(end)
 
     def _read_typed(self):
-        data = os.read(self.stdin, 65536)
+        try:
+            data = os.read(self.stdin, 65536)
+        except OSError:                 # nohup's is for writing only, and a
+            data = b''                  # terminal may hang up
         if not data:
             self.stdin = None           # its end cancels nothing
         *lines, self.typed = (self.typed + data).split(b'\n')

@@ -1091,11 +1091,13 @@ class Device(SignInCase):
 
 
 class Browser(SignInCase):
+    """stdin_of: makes the descriptors of stdin and of who types there."""
+    stdin_of = staticmethod(os.pipe)
 
     def begin(self, provider='other'):
         """A login that waits; self.address: what to open."""
         account = self.make().account._replace(oauth=provider)
-        self.stdin, self.keyboard = os.pipe()
+        self.stdin, self.keyboard = self.stdin_of()
         self.addCleanup(os.close, self.stdin)
         self.addCleanup(self.hang_up, self.keyboard)
         self.login = smtpproxy.BrowserLogin(account, self.stdin)
@@ -1208,6 +1210,19 @@ class Browser(SignInCase):
         self.visit(self.tokens.consent(self.address))
 
         self.assertIn('access_token', self.finish())
+
+    def test_nor_does_a_terminal_that_hangs_up_or_nohup(self):
+        for name, ends in (('terminal', os.openpty),
+                           ('nohup', lambda: (os.open('/dev/null', 1), -1))):
+            with self.subTest(name):
+                self.stdin_of = ends
+                self.begin()
+                self.hang_up(self.keyboard)
+                wait_until(lambda: self.login.stdin is None)
+
+                self.visit(self.tokens.consent(self.address))
+
+                self.assertIn('access_token', self.finish())
 
     def test_no_is_told(self):
         self.begin()
