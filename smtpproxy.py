@@ -3419,7 +3419,10 @@ DENIALS = {                 # RFC 6749 5.2, 8628 3.5, and Microsoft's own
 
 
 class TokenServerAway(AccountUnavailable):
-    """There is no token for now; that passes by itself."""
+    """There is no token for now; that passes by itself. error: the token
+    server's word for it, '' if it had none."""
+
+    error = ''
 
 
 class SignInNeeded(AccountUnavailable):
@@ -3593,7 +3596,7 @@ def ask_token_server(account, url, form, wanted='access_token'):
             'temporarily_unavailable', 'server_error'):
         away = TokenServerAway('token server: %s has no time: %s' % (
             exchange.host, smtps.plain(error)[:80] or status))
-        away.wait = retry_after(headers)
+        away.wait, away.error = retry_after(headers), error
         raise away
     if error and not 300 <= status < 400:
         raise TokenDenied(error, veiled(first_line(
@@ -4411,7 +4414,10 @@ def sign_in_by_device(account, clock=time.monotonic, pause=time.sleep):
         try:
             return ask_token_server(account, account.oauthtokenurl, form)
         except TokenServerAway as away:
-            wait = max(interval, away.wait, min(2 * wait, SLOWEST_POLL))
+            wait = min(2 * wait, SLOWEST_POLL)
+            if away.error == 'slow_down':
+                wait = interval = interval + 5
+            wait = max(interval, away.wait, wait)
         except TokenDenied as denied:
             if denied.error == 'slow_down':
                 interval += 5           # RFC 8628 3.5: for good

@@ -1058,6 +1058,13 @@ class Device(SignInCase):
 
         self.assertEqual([5, 10, 10, 15], self.clock.slept)
 
+    def test_so_it_is_in_the_answer_of_a_server_that_is_busy(self):
+        slower = http(429, {'error': 'slow_down'})
+        self.run_flow(poll=[slower, slower, 'authorization_pending', http(
+            429, {'error': 'slow_down'}, 'Retry-After: 40\r\n'), 503, None])
+
+        self.assertEqual([5, 10, 15, 15, 40, 60], self.clock.slept)
+
     def test_the_interval_of_the_server_counts(self):
         start = dict(self.tokens.do_start(None), interval='7')
         self.run_flow(start=start)
