@@ -3574,9 +3574,29 @@ class Exchange:
         return explain(error, self.via)
 
 
-def ask_token_server(account, url, form, wanted='access_token'):
-    """Its answer to a form: a dict with what is wanted. Raises
-    TokenServerAway, or TokenDenied if it said no."""
+def is_token(value):
+    return isinstance(value, str) and re.fullmatch('[!-~]+', value) is not None
+
+
+def has_token(answer):
+    return is_token(answer.get('access_token'))
+
+
+def has_code(answer):
+    """Can a person do something with it? RFC 8628 3.2."""
+    return is_token(answer.get('device_code')) and all(
+        isinstance(text, str) and text.strip()
+        for text in (answer.get('user_code'), page_of(answer)))
+
+
+def page_of(answer):
+    """Where the code is typed. Google's own name came before the RFC."""
+    return answer.get('verification_uri') or answer.get('verification_url')
+
+
+def ask_token_server(account, url, form, is_wanted=has_token):
+    """Its answer to a form: a dict. is_wanted: callable(dict), is it of use?
+    Raises TokenServerAway, or TokenDenied if it said no."""
     from http.client import HTTPException
     form = {key: value for key, value in form.items() if value}
     exchange = Exchange(account, url)
@@ -3601,7 +3621,7 @@ def ask_token_server(account, url, form, wanted='access_token'):
     if error and not 300 <= status < 400:
         raise TokenDenied(error, veiled(first_line(
             answer.get('error_description')), form), exchange.host)
-    if 300 <= status < 400 or not is_token(answer.get(wanted)):
+    if 300 <= status < 400 or not is_wanted(answer):
         raise TokenServerAway(
             'token server: %s answered %d, but nothing that we understand; '
             'is there a login page between it and this box, or is its '
@@ -3617,10 +3637,6 @@ def parsed(body):
     except (ValueError, RecursionError):
         return {}
     return answer if isinstance(answer, dict) else {}
-
-
-def is_token(value):
-    return isinstance(value, str) and re.fullmatch('[!-~]+', value) is not None
 
 
 def first_line(text):
@@ -4399,10 +4415,9 @@ def sign_in_by_device(account, clock=time.monotonic, pause=time.sleep):
     """RFC 8628: a code is typed in any browser of the world."""
     start = ask_token_server(account, account.oauthdeviceurl, client_form(
         account, scope=account.oauthscope, login_hint=account.smtpusername),
-        'device_code')
-    tell('Open in any browser:   %s' % (start.get('verification_uri')
-                                        or start.get('verification_url')))
-    tell('and type the code:     %s' % start.get('user_code'))
+        has_code)
+    tell('Open in any browser:   %s' % page_of(start))
+    tell('and type the code:     %s' % start['user_code'])
     form = client_form(
         account, device_code=start['device_code'],
         grant_type='urn:ietf:params:oauth:grant-type:device_code')

@@ -1096,6 +1096,15 @@ class Device(SignInCase):
             with self.subTest(reply), self.assertRaises(kind):
                 self.run_flow(start=reply)
 
+    def test_nor_is_one_without_a_place_for_it(self):
+        whole = self.tokens.do_start(None)
+        for lacks in 'user_code', 'verification_uri', 'device_code':
+            for value in None, '', ' ', 7:
+                with self.subTest(**{lacks: value}), self.assertRaisesRegex(
+                        AWAY, 'nothing that we understand'):
+                    self.run_flow(start=dict(whole, **{lacks: value}))
+                self.assertEqual('', self.out.getvalue())
+
 
 class Browser(SignInCase):
     """stdin_of: makes the descriptors of stdin and of who types there."""
