@@ -600,18 +600,28 @@ class OAuthKeys:
 
     def _check_shared(self, section, found, address):
         """Sections with one sign-in must mean the same. address: of the
-        token server, with TENANT as it stands."""
+        token server, with TENANT as it stands: those that differ in their
+        tenants only are a mistake as well."""
         name = ' '.join(section.lower().split())
-        key = found['smtpusername'].lower(), found['oauthclientid'], address
-        first, other = self._grants.setdefault(key, (name, found))
-        for key in ('oauthscope', 'oauthflow', 'oauthtenant',
-                    'oauthclientsecret'):
-            default = Account._field_defaults[key]
-            if found.get(key, default) != other.get(key, default):
+        others = {}
+        for url in address, found['oauthtokenurl']:
+            key = found['smtpusername'].lower(), found['oauthclientid'], url
+            first, other = self._grants.setdefault(key, (name, found))
+            others[first] = other
+        for first, other in others.items():
+            for key in self._different(found, other):
                 self._complain(section, key, 'is not that of [%s], which has '
                               'the same sign-in (smtpusername, oauthclientid '
                               'and oauthtokenurl): they must agree; best is '
                               'use=%s' % (first, first))
+
+    @staticmethod
+    def _different(found, other):
+        """The keys in which they must not differ and do."""
+        return [key for key in ('oauthscope', 'oauthflow', 'oauthtenant',
+                                'oauthclientsecret')
+                if (found.get(key) or Account._field_defaults[key])
+                != (other.get(key) or Account._field_defaults[key])]
 
 
 class IniReader:

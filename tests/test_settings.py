@@ -487,6 +487,18 @@ class OAuth(SettingsCase):
                         '=ID', '=id'), key), '[c@d]', key.partition('=')[0],
                     '[a@b]')
 
+    def test_they_must_as_well_if_one_names_the_token_address_itself(self):
+        named = ME + 'oauthtokenurl=%stoken\noauthscope=x\n' % URL
+        for one, two in (named, ME), (ME, named):
+            self.assertMistake('[a@b]\n%s[c@d]\n%s' % (one, two), '[c@d]',
+                               'oauthscope', '[a@b]')
+
+    def test_an_empty_key_agrees_with_none(self):
+        settings = self.load('[a@b]\n%s[c@d]\n%soauthtenant=\n'
+                             'oauthclientsecret=\n' % (ME, ME))
+
+        self.assertEqual(1, len(settings.grants))
+
     def test_one_sign_in_is_known_by_the_section_that_holds_its_keys(self):
         settings = self.load('[x@y]\nuse=A@b\n[A@b]\n%s[c@d]\n%s[e@f]\n%s' % (
             ME, ME + 'replyto=a@b\n', ME.replace('=id', '=another')))
