@@ -3568,8 +3568,13 @@ class Exchange:
     def is_late(self):
         return time.monotonic() >= self.end
 
-    def explain(self, error):
-        """What a failed post() means to the owner (str)."""
+    def away(self, error):
+        """The TokenServerAway that a failed post() means."""
+        away = TokenServerAway('token server: ' + self._explain(error))
+        away.absent = 'token' if is_absence(error) else ''
+        return away
+
+    def _explain(self, error):
         ssl = sys.modules.get('ssl')
         if self.is_late() or isinstance(error, socket.timeout):
             return '%s does not answer in time' % self.host
@@ -3607,19 +3612,19 @@ def page_of(answer):
 def ask_token_server(account, url, form, is_wanted=has_token):
     """Its answer to a form: a dict. is_wanted: callable(dict), is it of use?
     Raises TokenServerAway, or TokenDenied if it said no."""
-    from http.client import HTTPException
     form = {key: value for key, value in form.items() if value}
     exchange = Exchange(account, url)
     try:
+        from http.client import HTTPException
         status, headers, body = exchange.post(form)
-    except (OSError, HTTPException, ImportError, LookupError, ValueError,
+    except ImportError as error:        # perhaps of HTTPException itself
+        raise exchange.away(error) from error
+    except (OSError, HTTPException, LookupError, ValueError,
             RuntimeError) as error:     # RuntimeError: no thread to be had
-        away = TokenServerAway('token server: ' + exchange.explain(error))
-        away.absent = 'token' if is_absence(error) else ''
-        raise away from error
+        raise exchange.away(error) from error
     answer = parsed(body) if len(body) <= ANSWER_SIZE else {}
     if not answer and exchange.is_late():
-        raise TokenServerAway('token server: ' + exchange.explain(None))
+        raise exchange.away(None)
     error = answer.get('error')
     error = veiled(error, form) if isinstance(error, str) else ''
     if status == 429 or status >= 500 or error in (

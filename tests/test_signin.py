@@ -210,6 +210,11 @@ class Moods(SignInCase):
 
         self.assertTrue(caught.exception.absent)
 
+    def test_a_box_that_lacks_a_part_of_python_deletes_no_mail(self):
+        with mock.patch.dict(sys.modules, {'http.client': None}):
+            self.assertRaisesRegex(AWAY, 'http.client is missing',
+                                   self.signed_in().access_token)
+
     def test_it_is_asked_again_when_it_wants_to(self):
         self.tokens.script['refresh'] = [
             http(429, b'', 'Retry-After: 90\r\n'), None]
