@@ -6662,8 +6662,10 @@ class DeliveryAgent:
                                         destination.account.way,
                                         len(destination.due) + 1, error),
                                     destination.account.way)
-        return destination.defer(wait, error, failures,
-                                 self._relay.policy.note_trouble(mail))
+        since = self._relay.policy.note_trouble(mail)
+        if wait == FOREVER:             # a restart is no new beginning
+            since = mail.since
+        return destination.defer(wait, error, failures, since)
 
 
 class Requests:

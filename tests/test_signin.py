@@ -1645,6 +1645,22 @@ class OnTheWay(WireCase):
             self.assertLogged('ERROR', id, 'not delivered in 5 days')
             self.assertTrue(self.spool.load(id).parked)
 
+    def test_so_it_is_with_smtprate_however_often_the_box_restarts(self):
+        accounts = {SENDER: self.keys(smtprate=30)}
+        id = None
+        for _ in range(4):
+            RelayCase.begin(self, {'retrydays': 1}, accounts)
+            id = id or self.put()
+            self.advance_until(lambda: [
+                1 for destination in self.relay.queues.destinations.values()
+                if destination.not_before == smtpproxy.FOREVER], 1)
+            parked = self.spool.load(id).parked
+            self.advance(.4 * 86400)
+            self.put()                  # by its id the time goes on
+            self.end()
+
+        self.assertTrue(parked)
+
     def test_parked_mail_goes_after_a_new_sign_in(self):
         self.begin(False, {'retrydays': DAYS})
         self.put_and_wait()
