@@ -4388,6 +4388,17 @@ class Grants:
             grant.finish(end - time.monotonic())
 
 
+def folder_warnings(settings):
+    """What is wrong with tokendir, as the user that we are: a list of str."""
+    folder = settings.config.tokendir
+    if not settings.grants or not os.path.isdir(folder) or os.access(
+            folder, os.W_OK | os.X_OK):
+        return []
+    return ['tokendir %s cannot be written by user %d: sign-ins are renewed '
+            'in memory only, and lost when the service ends'
+            % (folder, os.getuid())]
+
+
 def shown(second):
     """A time of the box's clock."""
     return time.strftime('%Y-%m-%d %H:%M', time.localtime(second))
@@ -7405,7 +7416,8 @@ class Proxy:
 
     def _warn(self):
         """What is odd, or waits for a person, at a start and a reload."""
-        for warning in self.settings.warnings:
+        for warning in self.settings.warnings + folder_warnings(
+                self.settings):
             log.warning('%s', warning)
         for section, text in self.relay.grants.needed().values():
             log.warning('[%s] %s', section, text)
@@ -7549,8 +7561,9 @@ def try_handlers(settings):
 
 
 def show_grants(settings):
-    """Prints who is signed in; returns who is not, a list of str."""
-    warnings = []
+    """Prints who is signed in; returns who is not and what else is wrong, a
+    list of str."""
+    warnings = folder_warnings(settings)
     for grant in Grants(settings):
         state = grant.state()
         if state.name == 'signed in':

@@ -1396,6 +1396,17 @@ class Commands(SignInCase):
         self.assertRegex(said, r'signed in since \d{4}-.* renewed \d{4}-')
         self.assertEqual(0, code, said)
 
+    def test_check_names_a_folder_that_cannot_be_written(self):
+        self.signed_in()
+        real = os.access
+
+        with mock.patch('os.access', lambda path, mode: path != self.path(
+                'tokens') and real(path, mode)):
+            code, said = self.command('--check')
+
+        self.assertEqual(0, code)
+        self.assertRegex(said, 'warning: .*tokens cannot be written by user')
+
     def test_check_names_a_sign_in_that_has_run_out(self):
         self.make().store({'access_token': 'x', 'expires_in': 0})
 
