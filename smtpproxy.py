@@ -3203,6 +3203,7 @@ KNOWN_REPLIES = (
 )
 
 NO_ADVICE = Advice()
+ABOUT_ACCOUNT = 'account', 'person'     # kinds that are
 
 
 def flattened(reply):
@@ -3255,7 +3256,7 @@ class AccountUnavailable(Exception):
     @property
     def takes_long(self):
         """Whether a try each few minutes would only make it worse."""
-        return self.advice.kind in ('account', 'person')
+        return self.advice.kind in ABOUT_ACCOUNT
 
     def log_level(self, known):
         """Of the line that says it: what needs a person is an ERROR once.
@@ -3284,21 +3285,26 @@ def unavailable(stage, error, host, port, redact=str, hint=''):
     return trouble
 
 
-def weigh(report, host):
+def weigh(report, host, passing=()):
     """Puts each refused recipient of a smtps.Report where KNOWN_REPLIES says
     that it belongs, and the advice behind its reply. Returns None, or an
-    AccountUnavailable if a reply is about the account."""
+    AccountUnavailable if a reply is about the account.
+
+    passing: kinds that are about a recipient only where one can be meant. All
+    are if others have got this very mail."""
     refused = dict(report.later, **report.never)
-    trouble = None
+    trouble, passing = None, ABOUT_ACCOUNT if report.sent else passing
     for recipient, reply in refused.items():
-        advice = advise(host, report.stages.get(recipient, ''), reply)
+        stage = report.stages.get(recipient, '')
+        advice = advise(host, stage, reply)
         if advice.kind:
             report.later.pop(recipient, None)
             report.never.pop(recipient, None)
         verdict = report.never if advice.kind == 'never' or (
             recipient in report.never) else report.later
         verdict[recipient] = with_advice(reply, advice)
-        if advice.kind in ('account', 'person'):
+        if advice.kind in ABOUT_ACCOUNT and not (
+                advice.kind in passing and stage in ('rcpt', 'data')):
             trouble = AccountUnavailable('%s said %s' % (host, reply), advice)
     return trouble
 
@@ -6301,6 +6307,7 @@ class FailurePolicy:
     def __init__(self, spool, clock, alert):
         """alert: callable(line), see Alerts.tell."""
         self._spool, self._clock, self._alert = spool, clock, alert
+        self._taken = {}    # {Account.connection: when it last took a mail}
 
     def settle(self, mail, report, server, settings, wait=0,
                level=logging.WARNING):
@@ -6414,6 +6421,21 @@ class FailurePolicy:
             due = mail.seen + back_off(mail.tries, settings.config)
             mail.since += max(0.0, self._spool.now() - due)
 
+    def note_taken(self, account):
+        """Its server has taken a mail."""
+        self._taken[account] = self._spool.now()
+
+    def passing(self, mail, account):
+        """Kinds of KNOWN_REPLIES that say nothing of the account when a
+        recipient is refused, since it takes other mail: a server that relays
+        for some only tells the others what it tells strangers. It has taken
+        one since this one was first refused, or, if no limit is meant, within
+        the hour."""
+        taken = self._taken.get(account, -FOREVER)
+        if 0 < mail.since <= taken:
+            return ABOUT_ACCOUNT
+        return ('person',) if self._spool.now() - taken < HOUR else ()
+
     def note_trouble(self, mail):
         """Keeps when the trouble of a mail began; returns when that of its
         account did, if it is that. In the spool's time."""
@@ -6523,7 +6545,10 @@ class DeliveryAgent:
                 return self._settle_pending(mail, error)
             except AccountUnavailable as error:
                 return self._settle_unavailable(mail, error, settings)
-            if not self._settle_report(courier, mail, report, settings):
+            goes_on = self._settle_report(courier, mail, report, settings)
+            if report.sent:             # later than the trouble of others
+                self._relay.policy.note_taken(self._destination.account)
+            if not goes_on:
                 return True
             at_hand = courier.upcoming or self._next_mail(LINGER)
         return True
@@ -6561,14 +6586,17 @@ class DeliveryAgent:
 
     def _settle_report(self, courier, mail, report, settings):
         """Whether the connection may be used for a next mail."""
+        policy = self._relay.policy
         if courier.wants_pop_login(mail, report) and (
                 mail.unanswered + report.unanswered < UNANSWERED):
             self._note_success()
-            self._relay.policy.settle_until_login(mail, report, self._server)
+            policy.settle_until_login(mail, report, self._server)
             self._relay.queues.let_go(mail.id, self._destination)
             return True
-        trouble = weigh(report, self._destination.account.smtphost)
-        if trouble and not settings.config.deleteonerror:
+        trouble = weigh(report, self._destination.account.smtphost,
+                        policy.passing(mail, self._destination.account))
+        if trouble and not settings.config.deleteonerror and (
+                not mail.is_alert):     # it goes first: others would not
             courier.close()         # the next envelope may be under way
             self._settle_limit(mail, report, trouble, settings)
             return False
@@ -6667,7 +6695,7 @@ class DeliveryAgent:
         """Nothing of the account is tried for so long. Returns the level of
         the log line about it."""
         destination = self._destination
-        if error.advice.kind == 'person':
+        if error.advice.kind == 'person' and not mail.is_alert:
             self._relay.alerts.tell('%s: no mail passes before you act, %d '
                                     'wait: %s' % (
                                         destination.account.way,

@@ -338,6 +338,21 @@ class NoLoops(AlertCase):
         self.assertIn('could not be used', told[0])
         self.assertIn('works again', told[-1])
 
+    def test_one_whose_recipient_is_refused_holds_up_no_other_mail(self):
+        """The server takes mail for its own users only, not for OWNER."""
+        self.post.script['RCPT TO:<' + OWNER] = (
+            '550 Relay access denied - please authenticate')
+        self.watched()
+        self.relay.alerts.tell('something')
+        wait_until(lambda: self.verbs('RCPT', self.post) and self.at_rest())
+
+        for count in range(1, 7):
+            self.put(sender=BOX)
+            self.post.wait(count)
+            self.pass_an_hour()
+
+        self.assertEqual(1, len(self.spooled()))
+
     def test_a_full_disk_keeps_what_is_to_be_told(self):
         self.watched({'RCPT': NEVER})
         with mock.patch.object(smtpproxy.Draft, 'commit',

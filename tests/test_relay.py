@@ -1127,6 +1127,79 @@ class Advised(RelayCase):
             self.assertLogged('ERROR', id, 'deleted', 'smtprate')
 
 
+class ForSome(RelayCase):
+    """A server that sends to the outside only for those who log in: it says
+    to others what it says to strangers, and takes mail for its own."""
+
+    OUTSIDE, WHY = 'far@example.net', '530 5.7.0 Authentication required'
+
+    def choosy(self, **config):
+        self.upstream.script['RCPT TO:<' + self.OUTSIDE] = self.WHY
+        self.begin(dict({'sleeptime': 10}, **config))
+
+    def assertFlows(self, count=6):
+        """A mail each ten minutes gets through at once."""
+        for _ in range(count):
+            before = len(self.upstream.mails)
+            self.put()
+            wait_until(lambda: len(self.upstream.mails) > before)
+            self.advance(600)
+            wait_until(self.at_rest)
+
+    def test_who_is_refused_beside_others_holds_nobody_up(self):
+        self.choosy()
+
+        id = self.put([A, self.OUTSIDE])
+
+        self.assertIn('smtpusername', self.tried(id, 1).problem)
+        self.assertFlows()
+
+    def test_who_is_refused_first_holds_others_up_for_an_hour_only(self):
+        self.choosy()
+        self.tried(self.put([self.OUTSIDE]), 1)
+        self.put()
+
+        self.advance_until(lambda: self.upstream.mails, 600)
+        wait_until(self.at_rest)
+
+        self.assertFlows()
+
+    def test_mails_to_him_again_and_again_hold_nobody_up(self):
+        self.choosy()
+        self.put()
+        wait_until(lambda: self.upstream.mails)
+
+        for _ in range(6):
+            self.tried(self.put([self.OUTSIDE]), 1)
+            self.assertFlows(1)
+
+    def test_his_mail_is_tried_for_retrydays_and_parked(self):
+        self.choosy(retrydays=1)
+        id = self.put([A, self.OUTSIDE])
+        self.tried(id, 1)
+
+        self.advance_until(lambda: self.spool.load(id).parked, 3600)
+
+        self.assertEqual([self.OUTSIDE], self.spool.load(id).to)
+
+    def test_one_that_takes_nobody_any_more_is_not_asked_for_each(self):
+        self.begin({'sleeptime': 10})
+        self.put()
+        wait_until(lambda: self.upstream.mails)
+        self.upstream.script['RCPT'] = self.WHY
+        self.tried(self.put(), 1)
+        self.advance(3700)
+        wait_until(self.at_rest)
+        before = len(self.verbs('MAIL'))
+
+        for _ in range(20):
+            self.put()
+        self.advance(3000)
+        wait_until(self.at_rest)
+
+        self.assertLessEqual(len(self.verbs('MAIL')), before + 2)
+
+
 class MoreConnections(RelayCase):
 
     def crowd(self, count, script=None, **keys):
