@@ -416,6 +416,12 @@ class Settings(NamedTuple):
         """The lower-case name of the section, or None."""
         return section_of_sender(sender, self.accounts)
 
+    def section_of(self, connection):
+        """The first section that goes by an Account.connection; '' if the ini
+        has that no more."""
+        return next((name for name, account in self.accounts.items()
+                     if account.connection == connection), '')
+
 
 def section_of_sender(sender, accounts):
     sender = sender.lower()
@@ -6503,6 +6509,12 @@ class FailurePolicy:
         self.settle(mail, report, 'the ini', settings)
 
 
+def title(section, account):
+    """An Account for its owner. Its section is what stays the same whatever
+    is mended there, and no two accounts share it."""
+    return '[%s] %s' % (section, account.way)
+
+
 class DeliveryAgent:
     """Delivers one destination's mail, in a thread of its own: the relay's
     hands. Whatever comes of a mail, it gives the id back, says that it is
@@ -6511,11 +6523,14 @@ class DeliveryAgent:
     def __init__(self, relay, destination):
         self._relay, self._destination = relay, destination
         self._server = destination.account.server
+        self._section = ''          # what the owner knows it by
 
     def run(self):
         """The life of the thread."""
         goes_on = True
         while goes_on and self._destination.wait():
+            self._section = self._relay.settings.section_of(
+                self._destination.account)
             try:
                 courier = Courier(self._destination.account,
                                   self._destination.sign_in,
@@ -6575,21 +6590,32 @@ class DeliveryAgent:
                 return mail, account
             self._relay.queues.reroute(id, self._destination)
 
-    def _note_success(self):
-        """The account's server took our login."""
+    def _note_success(self, report):
+        """The account's server took our login. That it works again is told
+        when it has taken a mail, too, and not that of a connection which was
+        at work before another one's refusal."""
         if self._destination.absent:
             log.info('%s is there again: %d mails are tried now',
                      self._server, len(self._destination.due))
-        way = self._destination.account.way
-        self._relay.alerts.works_again(way, '%s works again' % way)
+        if report.sent and not self._destination.not_before:
+            self._relay.alerts.works_again(self._section, '%s works again' % (
+                title(self._section, self._destination.account)))
         self._destination.succeed()
+
+    def _tell(self, mail, what):
+        """That the account needs a person. Trouble that an alert meets makes
+        no other."""
+        if not mail.is_alert:
+            self._relay.alerts.tell('%s: %s' % (
+                title(self._section, self._destination.account), what),
+                self._section)
 
     def _settle_report(self, courier, mail, report, settings):
         """Whether the connection may be used for a next mail."""
         policy = self._relay.policy
         if courier.wants_pop_login(mail, report) and (
                 mail.unanswered + report.unanswered < UNANSWERED):
-            self._note_success()
+            self._note_success(report)
             policy.settle_until_login(mail, report, self._server)
             self._relay.queues.let_go(mail.id, self._destination)
             return True
@@ -6600,7 +6626,7 @@ class DeliveryAgent:
             courier.close()         # the next envelope may be under way
             self._settle_limit(mail, report, trouble, settings)
             return False
-        self._note_success()
+        self._note_success(report)
         self._settle(mail, report, settings)
         return True
 
@@ -6671,9 +6697,7 @@ class DeliveryAgent:
     def _await_sign_in(self, mail, error, settings):
         """No try before the sign-in changes or the owner asks for one, and
         not even deleteonerror deletes what waits for that."""
-        account = self._destination.account
-        self._relay.alerts.tell('%s: its mail waits for a sign-in: %s' % (
-            account.way, error), account.way)
+        self._tell(mail, 'its mail waits for a sign-in: %s' % error)
         level = self._hold(mail, error, FOREVER, 0)
         self._wait_with_account(mail, settings, level, FOREVER)
 
@@ -6695,12 +6719,9 @@ class DeliveryAgent:
         """Nothing of the account is tried for so long. Returns the level of
         the log line about it."""
         destination = self._destination
-        if error.advice.kind == 'person' and not mail.is_alert:
-            self._relay.alerts.tell('%s: no mail passes before you act, %d '
-                                    'wait: %s' % (
-                                        destination.account.way,
-                                        len(destination.due) + 1, error),
-                                    destination.account.way)
+        if error.advice.kind == 'person':
+            self._tell(mail, 'no mail passes before you act, %d wait: %s' % (
+                len(destination.due) + 1, error))
         since = self._relay.policy.note_trouble(mail)
         if wait == FOREVER:             # a restart is no new beginning
             since = mail.since
@@ -6924,17 +6945,18 @@ class Relay:
     def _watch(self, destination):
         """Has an account been in trouble for too long?"""
         account, waiting = destination.account, len(destination.due)
+        section = self.settings.section_of(account)
         if destination.since and (
                 self._spool.now() - destination.since >= HOUR):
             self.alerts.tell('%s could not be used for an hour, %d mails wait:'
-                             ' %s' % (account.way, waiting, destination.why),
-                             account.way)
-        backlog = 'backlog of ' + account.way
+                             ' %s' % (title(section, account), waiting,
+                                      destination.why), section)
+        backlog = 'backlog of ' + section
         if account.smtprate and waiting > 60 * account.smtprate:
             self.alerts.tell('%s: %d mails wait for their turn, with smtprate='
                              '%d for more than an hour' % (
-                                 account.way, waiting, account.smtprate),
-                             backlog)
+                                 title(section, account), waiting,
+                                 account.smtprate), backlog)
         elif not waiting:
             self.alerts.forget(backlog)
 

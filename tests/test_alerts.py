@@ -8,7 +8,7 @@ from unittest import mock
 
 import smtpproxy
 from tests.case import A, OTHER, SENDER, ProxyCase
-from tests.fakes import CERTIFICATE, FakeSMTP, wait_until
+from tests.fakes import CERTIFICATE, FakePOP, FakeSMTP, wait_until
 from tests.test_relay import LATER, MAIL, NEVER, RelayCase
 
 OWNER, BOX = 'owner@example.org', 'box@home.lan'
@@ -175,6 +175,63 @@ class Accounts(AlertCase):
         self.advance_until(lambda: len(self.post.mails) > 1, 600)
 
         self.assertIn('works again', self.alerts(2)[1][0])
+
+    def test_that_is_not_told_before_it_has_taken_a_mail(self):
+        self.watched({'MAIL': ['550 5.1.8 Access denied, bad outbound sender',
+                               LATER]})
+        self.tried(self.put(), 1)
+        self.alerts()
+        self.advance_until(lambda: len(self.verbs('MAIL')) > 2, 600)
+        self.pass_an_hour()
+        self.assertEqual(1, len(self.post.mails))
+        self.upstream.script.clear()
+
+        self.advance_until(lambda: self.upstream.mails, 600)
+        self.pass_an_hour()
+
+        self.assertIn('works again', self.alerts(2)[1][0])
+
+    def test_nor_by_a_mail_that_was_under_way_before(self):
+        self.watched({'.': lambda talk: self.wait_at_gate(talk), 'MAIL': [
+            None, '550 5.1.8 Access denied, bad outbound sender']})
+        self.put()
+        wait_until(lambda: self.verbs('DATA'))
+        destination = self.relay.queues.destination(
+            self.settings.account_for(SENDER))
+        with destination.changed:       # as a second mail has shown before
+            destination._gets_through = True
+        for _ in range(12):
+            self.put()
+        self.post.wait(1)
+
+        self.gate.set()
+        wait_until(lambda: self.upstream.mails and self.at_rest())
+        self.relay.alerts.tell('the end')
+        self.pass_an_hour()
+
+        self.assertEqual(['the end'], self.alerts(2)[1])
+
+    def test_accounts_at_one_server_are_told_apart(self):
+        """POP before SMTP: nothing but the POP login is theirs alone."""
+        bad = self.serve(FakePOP({'PASS': '-ERR [AUTH] wrong'}))
+        self.begin({'sleeptime': 10, 'alert': OWNER, 'alertfrom': BOX}, {
+            SENDER: self.by_pop(bad), OTHER: self.by_pop(self.serve(
+                FakePOP())), BOX: self.account(self.post)})
+        self.tried(self.put(), 1)
+        for count in range(1, 4):
+            self.put(sender=OTHER)
+            self.advance_until(lambda: len(self.upstream.mails) == count, 1)
+            self.pass_an_hour()
+
+        (line,), = self.alerts()
+
+        self.assertIn('[%s]' % SENDER, line)
+        self.assertEqual(1, len(self.post.mails))
+
+    def by_pop(self, server):
+        return self.account(
+            popbeforesmtp='true', pophost=server.host, popport=server.port,
+            popssl='false', popusername='me', poppassword='secret')
 
     def test_short_trouble_is_not_told(self):
         self.watched({'': ['421 4.3.2 busy', None]})
