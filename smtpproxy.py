@@ -2146,13 +2146,14 @@ class Admission:
                                 'one' % smtps.printable(section))
 
     def _explain_unknown(self, client, sender):
-        """What to add to the ini, once."""
-        if sender in self.announced or len(self.announced) > 1000:
-            return
-        self.announced.add(sender)
+        """What to add to the ini, once. Alerts remember by themselves: the
+        owner may have asked for them later."""
         self._alert('client %s was refused: there is no account for its '
                     'sender <%s>; to take its mail add a section for it to '
                     'the ini' % (client, sender), 'sender ' + sender)
+        if sender in self.announced or len(self.announced) > 1000:
+            return
+        self.announced.add(sender)
         log.warning('%s: no account for sender <%s>; to take its mail add '
                     'this to the ini and reload:', client, sender)
         for line in ('[%s]' % (sender or 'default'), 'smtphost=<your '
@@ -5581,6 +5582,7 @@ ALERT_LINES = 100           # of one, at most
 ALERT_GRACE = 2.0           # seconds of a stop in which the last one may go
 ALERT_PATIENCE = 60         # seconds until one that can't be stored is again
 MOST_SUBJECTS = 1000        # that were told, and are remembered
+OF_CLIENTS = 'sender ', 'password '     # how those begin that any can cause
 TWO_WEEKS = 14 * DAY
 
 
@@ -5610,11 +5612,11 @@ class Alerts:
         if not self.settings.config.alert:
             return
         with self._lock:
-            if about in self._told:
+            if about in self._told or about and not self._has_room():
                 return
-            if about and len(self._told) < MOST_SUBJECTS:
+            if about:
                 self._told[about] = True
-            self._collect(line)
+            self._collect(line, about)
         if self._is_due():
             self.wake()
 
@@ -5663,8 +5665,20 @@ class Alerts:
 
     # With the lock held.
 
-    def _collect(self, line):
-        if len(self._lines) < ALERT_LINES - 3:
+    def _has_room(self):
+        """Whether one subject more can be remembered: what is not would be
+        told again and again. The oldest that a client has caused gives way.
+        """
+        if len(self._told) < MOST_SUBJECTS:
+            return True
+        oldest = next(filter(lambda about: about.startswith(OF_CLIENTS),
+                             self._told), None)
+        return self._told.pop(oldest, False)
+
+    def _collect(self, line, about=''):
+        """Clients get half of the lines."""
+        share = 2 if about.startswith(OF_CLIENTS) else 1
+        if len(self._lines) < (ALERT_LINES - 3) // share:
             self._lines.append(line)
         else:
             self._left_out += 1

@@ -117,6 +117,56 @@ class Mails(AlertCase):
             b'\n') for mail in self.post.mails), 101)
         self.assertEqual(2, len(self.post.mails))
 
+    def test_a_thousand_refused_devices_hide_no_account(self):
+        self.watched({'MAIL': '550 5.1.8 Access denied, bad outbound sender'})
+        self.refuse_devices(1001)
+        self.tried(self.put(), 1)
+
+        for _ in range(3):              # each with a try of the account
+            self.pass_an_hour()
+
+        told = [line for line in sum(self.alerts(2), []) if 'act' in line]
+        self.assertEqual(1, len(told), told)
+
+    def test_the_newest_of_many_devices_is_told_once(self):
+        self.watched()
+        self.refuse_devices(1500)
+        self.pass_an_hour()
+        self.alerts(2)
+        for _ in range(3):
+            self.relay.alerts.tell('the last', 'sender last@home.lan')
+
+        self.pass_an_hour()
+
+        self.assertEqual(1, len(self.alerts(3)[2]))
+
+    def refuse_devices(self, count):
+        """So many clients' mail, within the hour after an alert."""
+        self.relay.alerts.tell('the first')
+        self.alerts()
+        for number in range(count):
+            self.relay.alerts.tell('device %d was refused' % number,
+                                   'sender device%d@home.lan' % number)
+
+    def refuse(self, sender):
+        """A client tries to send as this one."""
+        with self.assertRaises(smtpproxy.smtps.Refused):
+            smtpproxy.Admission(
+                self.settings, False, self.relay.alerts.tell).admit(
+                    'client', sender)
+
+    def test_a_reload_with_alert_tells_of_devices_refused_before(self):
+        accounts = {SENDER: self.account(), BOX: self.account(self.post)}
+        self.begin({'sleeptime': 10}, accounts)
+        self.refuse('camera@home.lan')
+
+        self.reload(smtpproxy.load(self.ini({
+            'sleeptime': 10, 'alert': OWNER, 'alertfrom': BOX}, accounts)))
+        for _ in range(3):
+            self.refuse('camera@home.lan')
+
+        self.assertIn('camera@home.lan', self.alerts()[0][0])
+
     def test_what_a_server_says_is_printable_there(self):
         self.watched()
         self.relay.alerts.tell('evil \x1b[2J\r\n.\r\nMAIL b\xfcro ' + 'x' * 2000)
