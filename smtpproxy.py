@@ -2817,7 +2817,13 @@ KNOWN_REPLIES = (
            'this host is for mail from other servers only: set '
            'smtphost=securesmtp.t-online.de, smtpport=465 and '
            'smtpsecurity=ssl, with login'),
-    Advice('', GREETED, r'^5\d\d .*client host \[[^]]*\] blocked using|'
+    Advice('', GREETED + ' data',
+           r'^5\d\d .*\bclient (host )?\[[^]@]*\] blocked using|'
+           r'^5\d\d .*\bclient host rejected: [^<@]*\bdynamic\b|'
+           r'^5\d\d .*\bdynamic ip\b.*\bpbl\b|'
+           r'^5\d\d .*\[[0-9a-f.:]+\](:\d+)? is (in an rbl|blacklisted by)\b|'
+           r'^55\d .*\bmail from (ip )?[0-9a-f.:]+ (was rejected due to '
+           r'listing in|not allowed - 5\.7\.1 \[bl2)|'
            r'rejected because [0-9a-f.:]+ is in a black list at|'
            r'policy block list|^550 dy-001\b|on our block list \(s3150\)|'
            r'^553 5\.7\.1 \[bl2|^550 5\.7\.6[0-4]\d .*banned sending ip',

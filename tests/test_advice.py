@@ -175,8 +175,23 @@ KNOWN = (
         '554 5.7.1 Service unavailable; Client host [192.0.2.1] blocked '
         'using zen.spamhaus.org; https://www.spamhaus.org/query/ip/192.0.2.1',
         '554 5.7.1 Client host [203.0.113.9] blocked using zen.spamhaus.org',
+        '550 5.7.1 Service unavailable; client [192.0.2.1] blocked using '
+        'zen.spamhaus.org',
+        '554 5.7.1 <dyn-1.example.net[192.0.2.1]>: Client host rejected: '
+        'dynamic address, use the server of your provider',
+        '550-"JunkMail rejected - dyn-1.example.net (nas) [192.0.2.1]:41784 '
+        'is in an RBL, see\n550 https://www.spamhaus.org/query/ip/192.0.2.1"',
+        '554 host [192.0.2.1] is blacklisted by zen.spamhaus.org',
         '550 rejected because 192.0.2.1 is in a black list at '
         'zen.spamhaus.org')),
+    ('later', 'block list', 'data', HOST, (
+        '554 5.7.1 Service unavailable; Client host [192.0.2.1] blocked '
+        'using zen.spamhaus.org; https://www.spamhaus.org/query/ip/192.0.2.1',
+        '554 5.7.1 Service unavailable; Client host [2001:db8::1] blocked '
+        'using zen.spamhaus.org')),
+    ('later', 'block list', 'mail', ICLOUD, (
+        '550 5.7.1 Mail from IP 192.0.2.1 was rejected due to listing in '
+        'Spamhaus PBL. For details please see https://www.spamhaus.org/',)),
     ('later', 'block list', 'mail', OUTLOOK_MX, (
         '550 5.7.1 Unfortunately, messages from [192.0.2.1] weren\'t sent. '
         'Please contact your Internet service provider since part of their '
@@ -187,6 +202,11 @@ KNOWN = (
     ('later', 'block list', 'connect', 'mta5.am0.yahoodns.net', (
         "553 5.7.1 [BL21] Connections will not be accepted from 192.0.2.1, "
         "because the ip is in Spamhaus's list",
+        '553 Mail from 192.0.2.1 not allowed - 5.7.1 [BL21] Connections not '
+        'accepted from IP addresses on Spamhaus PBL',
+        '521 5.7.1 Service unavailable; client [192.0.2.1] blocked using '
+        'zen.spamhaus.org',
+        '554 5.7.1 Dynamic IP, see PBL http://www.spamhaus.org/pbl',
         '554 Connection refused. 192.0.2.1 is on the Policy Block List '
         '(PBL). IB106')),
     ('person', 'proper name', 'rcpt', HOST, (
@@ -706,6 +726,15 @@ RECIPIENT = (
     'using dbl.spamhaus.org; https://www.spamhaus.org/query/dbl',
     '554 5.7.1 Service unavailable; Helo command [nas.example.com] blocked '
     'using dbl.spamhaus.org',
+    '554 5.7.1 Service unavailable; Recipient address [r@example.org] blocked '
+    'using dbl.example.net',
+    '554 5.7.1 <r@example.org>: Recipient address rejected: dynamic alias, '
+    'blocked using our list',
+    '550 5.7.1 <dynamic-ip@pbl.example.org>: Recipient address rejected',
+    '550 5.1.1 <client@example.org>: mailbox [client] blocked using a rule',
+    '554 5.7.1 <dyn-1.example.net[192.0.2.1]>: Client host rejected: Access '
+    'denied',
+    '550 5.7.1 mail from a@example.com was rejected due to listing in a list',
     '554 5.7.1 Service unavailable; Unverified Client host blocked using '
     'our list',
     '554 5.7.1 The message holds a link that is on a block list (PBL)',
