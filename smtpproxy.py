@@ -2664,6 +2664,7 @@ PRIVATE_LINE = ('the address of your internet line is on a block list, as '
 REVERSE_NAME = ('your line has no proper name in the DNS, servers for '
                 'incoming mail want one: send through the outgoing server of '
                 'your provider, smtpport=587, smtpsecurity=tls, with login')
+EXCEEDED = r'(limit\b.* (exceeded|reached)|exceeded\b.* limit|try again later)'
 LIMIT = ('the sending limit of this account is reached: its mail waits and '
          'goes by itself; if it comes often, set smtprate or ask the '
          'provider for more')
@@ -2882,12 +2883,11 @@ KNOWN_REPLIES = (
            'correct the recipient that fails all the time, --queue shows it'),
     Advice('', SENDING, r'is not allowed to send: .*(too fast|limit exceeded)',
            'account', LIMIT),
-    Advice('', SENDING, r'^5\d\d 5\.(7\.0|4\.\d+) (?!.*\b(hops?|loop|size|'
-           r"recipients?|user|mailbox)\b).*(limit\b.* exceeded|exceeded\b.* "
-           r'limit|try again later)', 'account', LIMIT),
-    Advice('', 'connect hello login mail', r'^5\d\d (?!.*\bsize\b).*'
-           r'(limit\b.* (exceeded|reached)|exceeded\b.* limit|'
-           r'try again later)', 'account', LIMIT),
+    Advice('', SENDING, r'^5\d\d 5\.(7\.0|4\.\d+) (?!.*(<\S*@|\b(hops?|loop|'
+           r'size|recipients?|users?|mailbox|inbox|(?<!ip )address)\b)).*'
+           + EXCEEDED, 'account', LIMIT),
+    Advice('', 'connect hello login mail',
+           r'^5\d\d (?!5\.3\.4 |.*\bsize\b).*' + EXCEEDED, 'account', LIMIT),
     Advice(r'\bauthsmtp\b', '', r'^433 ', 'person',
            'the number of mails of this plan is used up: buy more at '
            'AuthSMTP'),
@@ -3167,7 +3167,7 @@ KNOWN_REPLIES = (
            'mail is signed; a signed one has to be made with shorter lines'),
     Advice('', '', r'^(552|550|554|523) (5\.3\.4 )?.*\b((message|mail) size '
            r"exceeds|exceeded google's message size|message (is )?too (big|"
-           r'large)|message size limits?)', '',
+           r'large)|message size limits?)|^55\d 5\.3\.4 ', '',
            'the mail is too large for this provider: let the device scan '
            'with less resolution or fewer pages, or set maxsize to the '
            'limit of the provider'),
@@ -3215,6 +3215,9 @@ KNOWN_REPLIES = (
            'ask its owner to let this sender in'),
 )
 
+# Behind this a server repeats what the recipient's server has told it: that
+# changes no kind, it is about the two of them.
+QUOTE = re.compile(r'\b(?:said|refused to talk to me|response):')
 NO_ADVICE = Advice()
 ABOUT_ACCOUNT = 'account', 'person'     # kinds that are
 
@@ -3235,11 +3238,12 @@ def advise(host, stage, reply):
     """The first row of KNOWN_REPLIES that fits, or NO_ADVICE. reply:
     'CODE text', in one line or several; at connect also our own words."""
     text = flattened(reply)
+    own = QUOTE.split(text, 1)[0]
     for row in KNOWN_REPLIES:
         # re keeps what it has compiled: who never fails pays nothing.
         if (stage in (row.stages or stage).split()
                 and re.search(row.where, host.lower())
-                and re.search(row.pattern, text)):
+                and re.search(row.pattern, own if row.kind else text)):
             return row
     return NO_ADVICE
 

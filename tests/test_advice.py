@@ -319,6 +319,8 @@ KNOWN = (
         'Messages to 250 recipients out of 250 allowed have been sent. Relay '
         'quota will reset in 21.99 hours.',
         '550 This IP has sent too many messages this hour. IB504')),
+    ('account', 'smtprate', 'dot', HOST, (
+        '550 5.7.0 Sending limit exceeded for your IP address',)),
     ('account', 'smtprate', 'connect', HOST, (
         '554 5.7.1 Connection limit exceeded',
         '550 Too many mails today, try again later')),
@@ -550,6 +552,8 @@ KNOWN = (
         "552 5.3.4 Your message exceeded Google's message size limits. "
         '?p=MaxSizeError',
         '552 Message size exceeds maximum permitted')),
+    ('', 'resolution', 'mail', HOST, (
+        '552 5.3.4 Message exceeded the maximum limit',)),
     ('', 'attachment', 'dot', GMAIL, (
         '552 5.7.0 This message was blocked because its content presents a '
         'potential security issue. ?p=BlockedMessage',
@@ -717,6 +721,10 @@ RECIPIENT = (
     '550 5.7.1 <pbl@example.org>: Recipient address rejected: blocked',
     '550 5.7.0 <r@example.org>: recipient limit exceeded, try again later',
     '550 5.4.1 <r@example.org>: Recipient address rejected: try again later',
+    '550 5.7.0 <limits@example.org>: message limit for this address exceeded',
+    '550 5.4.1 <r@example.org>: delivery rate limit for this address exceeded',
+    '554 5.4.4 quota limit of that inbox exceeded',
+    '550 5.4.1 delivery rate limit for this address exceeded',
     '550 5.4.6 Hop limit exceeded', '554 5.4.14 Hop count exceeded',
     '452 4.5.3 Error: too many recipients', '554 Too many recipients',
     '552 5.3.4 Message size limit exceeded',
@@ -739,6 +747,24 @@ RECIPIENT = (
     'our list',
     '554 5.7.1 The message holds a link that is on a block list (PBL)',
     '550 5.1.10.5 odd', '550 5.2.25 odd', '554 5.2.1234 odd',
+    # What his server has said to the one that we talk to.
+    *('%s <r@example.org>: Recipient address rejected: %s address: host '
+      'mx.example.org[203.0.113.5] %s (in reply to RCPT TO command)' % words
+      for words in (
+          ('550 5.1.1', 'undeliverable', 'said: 504 5.5.2 <relay.example.net>:'
+           ' Helo command rejected: need fully-qualified hostname'),
+          ('550 5.1.1', 'undeliverable', 'said: 554 5.7.1 Service unavailable;'
+           ' Client host [198.51.100.7] blocked using zen.spamhaus.org'),
+          ('550 5.1.1', 'undeliverable', 'said: 552 5.2.2 u@example.org has '
+           'exceeded its 24-hour sending limit'),
+          ('450 4.1.1', 'unverified', 'said: 450 4.7.1 Client host rejected: '
+           'cannot find your reverse hostname, [198.51.100.7]'),
+          ('550 5.1.1', 'undeliverable', 'refused to talk to me: 550 5.7.1 '
+           'Service unavailable; client [198.51.100.7] blocked using zen'))),
+    '550-Callback setup failed while verifying <a@example.com>\n'
+    '550-Called:   203.0.113.5\n550-Sent:     MAIL FROM:<>\n'
+    '550-Response: 550 Access denied - Invalid HELO name\n'
+    '550 Sender verify failed',
     '250 2.0.0 Ok: queued', '450 4.2.1 mailbox busy', '550 no',
     '550 5.7.1 unknown reason', '554 5.7.1 rejected',
     '550 authors and populations are limited',
