@@ -5592,6 +5592,7 @@ ALERT_LINES = 100           # of one, at most
 ALERT_GRACE = 2.0           # seconds of a stop in which the last one may go
 ALERT_PATIENCE = 60         # seconds until one that can't be stored is again
 MOST_SUBJECTS = 1000        # that were told, and are remembered
+ALERT_FIELD = 'X-Smtpproxy-Alert'       # holds what only ours can know
 OF_CLIENTS = 'sender ', 'password '     # how those begin that any can cause
 TWO_WEEKS = 14 * DAY
 
@@ -5603,8 +5604,9 @@ class Alerts:
 
     Any thread may tell. The relay's thread makes mails of it, and the one
     that stops it. The lock guards what was collected and _told, what the owner
-    knows already. msgs/alerts/ keeps _told, the time of the last alert and
-    the ids of those that wait over restarts, so that nothing begins anew.
+    knows already. msgs/alerts/ keeps _told, the time of the last alert, the
+    ids of those that wait, and _mark over restarts, so that nothing begins
+    anew.
 
     ids: of alerts that may still be in the spool."""
 
@@ -5612,7 +5614,7 @@ class Alerts:
         self.settings, self.wake = settings, lambda: None
         self._spool, self._lock = spool, threading.Lock()
         self._lines, self._left_out = [], 0
-        self._told, self._last, self.ids = self._recall()
+        self._told, self._last, self.ids, self._mark = self._recall()
         self._next_look = 0.0       # at the certificate
         self._complaint = ''
 
@@ -5635,6 +5637,11 @@ class Alerts:
         if about in self._told:
             self.forget(about)
             self.tell(line)
+
+    def is_one(self, mail):
+        """Is a Mail one of these? It may come back to us as a client's mail,
+        or within a notice that it could not be delivered."""
+        return mail.is_alert or self._mark.encode() in mail.data
 
     def forget(self, about):
         """It may be told again."""
@@ -5718,7 +5725,7 @@ class Alerts:
         import json
         with self._lock:
             memory = {'last': int(self._last), 'told': list(self._told),
-                      'ids': self.ids}
+                      'ids': self.ids, 'mark': self._mark}
         try:
             self._spool.keep_note('alerts', json.dumps(memory))
         except OSError as error:
@@ -5727,14 +5734,16 @@ class Alerts:
                       error)
 
     def _recall(self):
-        """({about: True}, time of the last alert, ids) of _remember."""
+        """({about: True}, time of the last alert, ids, mark) of _remember."""
         import json
         try:
             memory = json.loads(self._spool.note('alerts'))
             return (dict.fromkeys(memory['told'], True), int(memory['last']),
-                    list(memory['ids']))
+                    list(memory['ids']), re.fullmatch(
+                        '[0-9a-f]{16}', memory['mark'])[0])
         except (OSError, ValueError, KeyError, TypeError):
-            return {}, -FOREVER, []     # there was none, or it is damaged
+            # There was none, or it is damaged.
+            return {}, -FOREVER, [], os.urandom(8).hex()
 
     # The mail.
 
@@ -5768,6 +5777,7 @@ class Alerts:
             'Date: ' + mail_date(int(time.time())),
             'Message-ID: <%s.%s@%s>' % (id, os.urandom(4).hex(), HOST),
             'Auto-Submitted: auto-generated',
+            '%s: %s' % (ALERT_FIELD, self._mark),
             'MIME-Version: 1.0',
             'Content-Type: text/plain; charset=utf-8',
             'Content-Transfer-Encoding: 8bit', '']
@@ -6334,9 +6344,9 @@ class FailurePolicy:
     has begun the mail with: what this touches in the spool is this mail's, or
     has a lock of its own."""
 
-    def __init__(self, spool, clock, alert):
-        """alert: callable(line), see Alerts.tell."""
-        self._spool, self._clock, self._alert = spool, clock, alert
+    def __init__(self, spool, clock, alerts):
+        """alerts: the Alerts."""
+        self._spool, self._clock, self._alerts = spool, clock, alerts
         self._taken = {}    # {Account.connection: when it last took a mail}
 
     def settle(self, mail, report, server, settings, wait=0,
@@ -6406,7 +6416,7 @@ class FailurePolicy:
         self.note_trouble(mail)
         mail.holds = bool(wait)
         if settings.config.deleteonerror and not mail.is_alert:
-            self._tell_owner(mail, settings, (
+            self._tell_owner(mail, (
                 '%s: deleted (deleteonerror=true), not delivered: %s; %s' % (
                     mail.id, why, describe(
                         mail, [*mail.refused, *mail.to]))))
@@ -6503,20 +6513,18 @@ class FailurePolicy:
         mail.refused, mail.parked, mail.due = {}, True, 0.0
         mail.problem, mail.handled = why, True
         self._spool.save(mail)
-        self._tell_owner(mail, settings, (
+        self._tell_owner(mail, (
             '%s: %s, kept in msgs/ but not tried again by itself: %s; %s; '
             '--retry %s sends it again, --delete %s removes it' % (
                 mail.id, what, mail.problem, describe(mail, mail.to),
                 mail.id, mail.id)))
 
-    def _tell_owner(self, mail, settings, line):
+    def _tell_owner(self, mail, line):
         """That a mail needs a person: in the log and, but for trouble with an
-        alert, by mail. An alert may have come back to us as a client's."""
+        alert, by mail."""
         log.error('%s', line)
-        returned = (mail.frm.lower() == settings.config.alertfrom.lower()
-                    and mail.field('auto-submitted') not in ('', 'no'))
-        if not mail.is_alert and not returned:
-            self._alert(line)
+        if not self._alerts.is_one(mail):
+            self._alerts.tell(line)
 
     def park_flawed(self, mail, settings):
         """No server is told such an envelope. Not even deleteonerror deletes
@@ -6629,7 +6637,7 @@ class DeliveryAgent:
     def _tell(self, mail, what):
         """That the account needs a person. Trouble that an alert meets makes
         no other."""
-        if not mail.is_alert:
+        if not self._relay.alerts.is_one(mail):
             self._relay.alerts.tell('%s: %s' % (
                 title(self._section, self._destination.account), what),
                 self._section)
@@ -6862,7 +6870,7 @@ class Relay:
         self.alerts = alerts or Alerts(spool, settings)
         self.alerts.wake = self.wake
         self.grants = Grants(settings, clock)
-        self.policy = FailurePolicy(spool, clock, self.alerts.tell)
+        self.policy = FailurePolicy(spool, clock, self.alerts)
         self.queues = Queues(clock, self.grants, self._deliver)
         self._requests = Requests(self, spool, reload_ini)
         self._last_round = -FOREVER     # what was asked for comes first

@@ -372,7 +372,8 @@ class OverRestarts(AlertCase):
         self.assertEqual([OWNER], self.post.wait(4)[0].to)
 
     def test_a_damaged_note_stops_nothing(self):
-        for damage in b'', b'{', b'[]', b'{"told": 7, "last": "x"}':
+        for damage in (b'', b'{', b'[]', b'{"told": 7, "last": "x"}',
+                       b'{"told": [], "last": 0, "ids": [], "mark": ""}'):
             with self.subTest(damage):
                 self.write('msgs/alerts/note', damage)
                 self.watched({'RCPT': NEVER})
@@ -417,17 +418,45 @@ class NoLoops(AlertCase):
         self.alerts()
         self.assertGone()
 
-    def test_one_that_comes_back_as_a_clients_mail_makes_no_other(self):
-        """The account of alertfrom leads to this very proxy."""
-        self.watched({'RCPT': NEVER})
-        self.post.script['RCPT'] = NEVER
+    def test_one_that_comes_back_makes_no_other(self):
+        """The account of alertfrom leads to this very proxy, or its server
+        sends a notice that nobody has got it; a restart changes nothing."""
+        notice = b'Subject: Undelivered\r\n\r\nYou have sent this:\r\n\r\n'
+        self.upstream.script['RCPT'] = NEVER
+        for sender, before, restart in ((OTHER, b'', False), (
+                '', notice, False), (BOX, b'', True)):
+            with self.subTest(sender):
+                count = len(self.post.mails)
+                self.begin_for_all()
+                self.relay.alerts.tell('something')
+                self.alerts(count + 1)
+                if restart:
+                    self.end()
+                    self.begin_for_all()
+                self.post.script['RCPT'] = [NEVER, None]
+
+                id = self.put([OWNER], sender, before
+                              + self.post.mails[count].data)
+                wait_until(lambda: self.spool.load(id).parked)
+                self.post.script.clear()
+                self.relay.alerts.tell('the end')
+                self.pass_an_hour()
+
+                self.assertEqual(['the end'], self.alerts(count + 2)[-1])
+                self.clear()
+
+    def begin_for_all(self):
+        self.begin({'sleeptime': 10, 'alert': OWNER, 'alertfrom': BOX}, {
+            'default': self.account(), BOX: self.account(self.post)})
+
+    def test_mail_of_a_program_from_alertfrom_is_told(self):
+        self.watched()
+        self.post.script['RCPT TO:<' + A] = NEVER
+
         id = self.put(sender=BOX, content=(
             b'Auto-Submitted: auto-generated\r\n' + MAIL))
 
-        wait_until(lambda: self.spool.load(id).parked)
-        self.pass_an_hour()
-
-        self.assertEqual([id + '.mail'], self.spooled())
+        self.assertIn(id, self.alerts()[0][0])
 
     def test_a_broken_account_of_alertfrom_is_told_when_it_works(self):
         self.watched()
