@@ -6182,6 +6182,7 @@ class Destination(MailQueue):
         if not self._threads:
             self._most_threads = self.account.smtpconnections
             self._gets_through = False
+            self.since = 0.0            # nothing waits for that any more
 
 
 def outlook(destination):
@@ -6975,10 +6976,11 @@ class Relay:
         self.alerts.make_round(self._announce_alert)
 
     def _watch(self, destination):
-        """Has an account been in trouble for too long?"""
-        account, waiting = destination.account, len(destination.due)
+        """Has mail waited for its account for too long?"""
+        waiting = len(destination.due) + len(destination.in_hand)
+        account = destination.account
         section = self.settings.section_of(account)
-        if destination.since and (
+        if destination.since and waiting and (
                 self._spool.now() - destination.since >= HOUR):
             self.alerts.tell('%s could not be used for an hour, %d mails wait:'
                              ' %s' % (title(section, account), waiting,

@@ -283,6 +283,21 @@ class Accounts(AlertCase):
             popbeforesmtp='true', pophost=server.host, popport=server.port,
             popssl='false', popusername='me', poppassword='secret')
 
+    def test_trouble_that_no_mail_waits_for_is_not_told(self):
+        self.watched({'': ['421 4.3.2 busy', None]})
+        id = self.put()
+        self.tried(id, 1)
+        self.spool.ask(id, 'delete')
+        self.relay.wake()
+        self.assertSpooled(0)
+        for _ in range(8):
+            self.advance(600)
+        self.put()
+        wait_until(lambda: self.upstream.mails)
+        self.relay.alerts.tell('the end')
+
+        self.assertEqual([['the end']], self.alerts())
+
     def test_short_trouble_is_not_told(self):
         self.watched({'': ['421 4.3.2 busy', None]})
         self.tried(self.put(), 1)
