@@ -1778,8 +1778,10 @@ class Folder:
         path = os.path.join(folder, 'note')
         file = os.open(path + '.new', os.O_WRONLY | os.O_CREAT | os.O_TRUNC,
                        0o600)
+        data = text.encode()
         try:
-            os.write(file, text.encode())
+            while data:
+                data = data[os.write(file, data):]
             os.fsync(file)
         finally:
             os.close(file)
@@ -1858,7 +1860,8 @@ class Spool(Folder):
 
     Time: ids and ages count seconds that this spool has seen with a service
     running, not the box's clock, which may begin in 1970 and jump. They go on
-    where they were: each state says when it was saved."""
+    where they were: each state says when it was saved, and what was told to
+    the owner."""
 
     ID = re.compile(r'[0-9a-f]{8}-[0-9a-f]{5}')
     _OURS = ('corrupt', 'asked', 'alerts', '.lock')
@@ -1881,6 +1884,10 @@ class Spool(Folder):
     def now(self):
         """Seconds, in this spool's own time."""
         return self._epoch + self._clock()
+
+    def go_on_from(self, second):
+        """It is that late at least: that time was seen."""
+        self._epoch += max(0, second - self.now())
 
     def age(self, id):
         """Seconds that a mail has been here with a service running."""
@@ -1918,7 +1925,7 @@ class Spool(Folder):
         if to_send and id < self.first_own:
             mail.verify()
         vars(mail).update(self._unsaved.get(id, {}))
-        self._epoch += max(0, mail.seen - self.now())
+        self.go_on_from(mail.seen)
         return mail
 
     def may_be_parked(self, id):
@@ -5604,19 +5611,22 @@ class Alerts:
 
     Any thread may tell. The relay's thread makes mails of it, and the one
     that stops it. The lock guards what was collected and _told, what the owner
-    knows already. msgs/alerts/ keeps _told, the time of the last alert, the
-    ids of those that wait, and _mark over restarts, so that nothing begins
-    anew.
+    knows already. msgs/alerts/ keeps all that over restarts, so that nothing
+    begins anew.
 
     ids: of alerts that may still be in the spool."""
 
     def __init__(self, spool, settings):
         self.settings, self.wake = settings, lambda: None
         self._spool, self._lock = spool, threading.Lock()
-        self._lines, self._left_out = [], 0
-        self._told, self._last, self.ids, self._mark = self._recall()
+        self._recall()
         self._next_look = 0.0       # at the certificate
         self._complaint = ''
+
+    def start(self):
+        """The spool's time has begun; it goes on where we have seen it."""
+        self._spool.go_on_from(self._seen)
+        self._last = min(self._last, self._spool.now())
 
     def tell(self, line, about=''):
         """line: str, for the owner. about: what it is about, told once until
@@ -5655,6 +5665,7 @@ class Alerts:
             self._next_look = now + DAY
             self._look_at_certificate()
         self.post(announce)
+        self._remember()
 
     def post(self, announce, at_a_stop=False):
         """Makes a mail of what was collected, if it is time. announce:
@@ -5671,6 +5682,7 @@ class Alerts:
             id = self._store(lines, left_out)
         except OSError as error:
             self._take_back(lines, left_out, error)
+            self._remember()
             return None
         self._last = self._spool.now()
         self.ids = [one for one in self.ids if os.path.exists(
@@ -5703,9 +5715,8 @@ class Alerts:
     # When.
 
     def _is_due(self):
-        """Also if the spool's time was set back."""
-        return bool(self._lines) and not (
-            0 <= self._spool.now() - self._last < HOUR)
+        return bool(self._lines) and (
+            self._spool.now() - self._last >= HOUR)
 
     def _take_back(self, lines, left_out, error):
         """They can't be stored: no alert says that, it could not either."""
@@ -5721,29 +5732,42 @@ class Alerts:
                 self._collect(line)
 
     def _remember(self):
-        """Keeps over restarts what the next alert depends on."""
+        """Keeps what is to be known after a restart, if it is news."""
         import json
         with self._lock:
             memory = {'last': int(self._last), 'told': list(self._told),
-                      'ids': self.ids, 'mark': self._mark}
+                      'ids': self.ids, 'mark': self._mark,
+                      'lines': list(self._lines), 'left_out': self._left_out}
+        if memory == self._kept or not self.settings.config.alert:
+            return
         try:
-            self._spool.keep_note('alerts', json.dumps(memory))
+            self._spool.keep_note('alerts', json.dumps(
+                dict(memory, seen=int(self._spool.now()))))
         except OSError as error:
-            log.error('what was told to %s cannot be kept: %s; it may be told '
-                      'again after a restart', self.settings.config.alert,
-                      error)
+            log.log(logging.ERROR if self._kept is not None else logging.DEBUG,
+                    'what is told to %s cannot be kept: %s; after a restart '
+                    'it may be told again, or not at all',
+                    self.settings.config.alert, error)
+            memory = None               # said already, and tried again
+        self._kept = memory
 
     def _recall(self):
-        """({about: True}, time of the last alert, ids, mark) of _remember."""
+        """What _remember has kept."""
         import json
+        self._kept = {}             # as it stands in the note
         try:
             memory = json.loads(self._spool.note('alerts'))
-            return (dict.fromkeys(memory['told'], True), int(memory['last']),
-                    list(memory['ids']), re.fullmatch(
-                        '[0-9a-f]{16}', memory['mark'])[0])
+            self._told = dict.fromkeys(map(str, memory['told']), True)
+            self._last, self.ids = int(memory['last']), list(memory['ids'])
+            self._mark = re.fullmatch('[0-9a-f]{16}', memory['mark'])[0]
+            self._lines = [str(line) for line in memory['lines']]
+            self._left_out = int(memory['left_out'])
+            self._seen, self._kept = int(memory.pop('seen')), memory
         except (OSError, ValueError, KeyError, TypeError):
             # There was none, or it is damaged.
-            return {}, -FOREVER, [], os.urandom(8).hex()
+            self._told, self._last, self.ids = {}, -HOUR, []
+            self._mark = os.urandom(8).hex()
+            self._lines, self._left_out, self._seen = [], 0, 0
 
     # The mail.
 
@@ -6883,7 +6907,8 @@ class Relay:
     # For other threads.
 
     def start(self, found):
-        """found: ids of mails in the spool."""
+        """found: ids of mails in the spool, whose time has begun."""
+        self.alerts.start()
         for id in found:
             self.queues.unrouted.add(id, urgent=id in self.alerts.ids)
         self._thread.start()

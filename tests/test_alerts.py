@@ -356,6 +356,48 @@ class OverRestarts(AlertCase):
 
         self.advance_until(lambda: len(self.post.mails) > 1, 10)
 
+    def test_it_does_so_when_the_spools_time_is_set_back(self):
+        """To that of the newest mail, which is an old one."""
+        self.watched({'RCPT TO:<b@': LATER}, retrydays=9)
+        self.put(['b@example.org'])
+        for _ in range(5):
+            self.pass_an_hour()
+        for count in range(1, 4):       # a crash loop
+            self.relay.alerts.tell('crash %d' % count)
+            self.alerts()
+            self.pull_the_plug()
+            self.restart(retrydays=9)
+        self.advance(HOUR - 100)
+        wait_until(self.at_rest)
+        self.assertEqual(1, len(self.post.mails))
+
+        self.advance_until(lambda: len(self.post.mails) > 1, 10)
+
+        self.assertEqual(['crash 2', 'crash 3'], self.alerts(2)[1])
+
+    def test_a_power_cut_loses_nothing_that_was_collected(self):
+        self.watched({'RCPT': NEVER})
+        self.parked()
+        self.alerts()
+        id = self.parked()
+        self.advance(10)
+        wait_until(lambda: id in self.spool.note('alerts'))
+
+        self.pull_the_plug()
+        self.restart()
+        self.pass_an_hour()
+
+        self.assertEqual([id], [line[:14] for line in self.alerts(2)[1]])
+
+    def pull_the_plug(self):
+        """What was to be done at a stop is not."""
+        self.relay.wake()
+        wait_until(lambda: self.relay._last_round > 0)
+        relay, self.relay = self.relay, None
+        relay.queues.close()
+        relay._thread.join(5)
+        self.spool.close()
+
     def test_what_the_owner_knows_is_not_told_again(self):
         script = {'MAIL': '550 5.1.8 Access denied, bad outbound sender'}
         self.watched(script)
@@ -566,7 +608,7 @@ class WholeProxy(ProxyCase):
         real = smtpproxy.Draft.seal
 
         def seal(draft):
-            if draft.id not in mine:
+            if not mine:                # the alert can be stored
                 mine.append(draft.id)
                 raise OSError(28, 'No space left on device')
             real(draft)
@@ -577,6 +619,7 @@ class WholeProxy(ProxyCase):
             client.command('RCPT TO:<%s>' % A)
             self.assertEqual(452, client.data(MAIL)[0])
         self.submit()
+        self.post.wait(1)               # it may hold both
         self.stop()
 
         told = self.told(1)
