@@ -5604,6 +5604,15 @@ OF_CLIENTS = 'sender ', 'password '     # how those begin that any can cause
 TWO_WEEKS = 14 * DAY
 
 
+def in_one_line(text):
+    """text as a line of a mail: RFC 5322 2.1.1 allows 998 bytes. Of more the
+    middle goes: at the end stands who is meant, and what to do."""
+    line = printable(text).encode('utf-8', 'replace')
+    if len(line) > 980:
+        line = line[:230] + b' ... ' + line[-740:]
+    return line.decode('utf-8', 'ignore')
+
+
 class Alerts:
     """Mails to the owner about what needs a person: one at once, then at most
     one an hour with all that came together. They go through the spool and the
@@ -5708,7 +5717,7 @@ class Alerts:
         """Clients get half of the lines."""
         share = 2 if about.startswith(OF_CLIENTS) else 1
         if len(self._lines) < (ALERT_LINES - 3) // share:
-            self._lines.append(line)
+            self._lines.append(in_one_line(line))
         else:
             self._left_out += 1
 
@@ -5805,7 +5814,7 @@ class Alerts:
             'MIME-Version: 1.0',
             'Content-Type: text/plain; charset=utf-8',
             'Content-Transfer-Encoding: 8bit', '']
-        text += ['- ' + in_one_line(line) for line in lines]
+        text += ['- ' + line for line in lines]
         if left_out:
             text.append('- and %d more: see --queue and the log' % left_out)
         text += ['', 'More is in the log. There is at most one such mail an '
@@ -5827,12 +5836,6 @@ class Alerts:
             self.tell('tlscert %s expires on %s: devices may refuse it then; '
                       'put a new one there and reload' % (path, day),
                       '%s %s' % (path, day))
-
-
-def in_one_line(text):
-    """text as a line of a mail: RFC 5322 2.1.1 allows 998 bytes."""
-    line = printable(text).encode('utf-8', 'replace')
-    return line[:900].decode('utf-8', 'ignore') + '...' * (len(line) > 900)
 
 
 def certificate_end(path):

@@ -177,6 +177,23 @@ class Mails(AlertCase):
         self.assertLess(max(map(len, self.post.mails[0].data.split(
             b'\r\n'))), 998)
 
+    def test_a_long_line_says_who_and_what_to_do(self):
+        self.watched({'RCPT TO:<%s' % name: (
+            '550 5.1.1 The email account that you tried to reach does not '
+            'exist. Please try double-checking the address for typos or '
+            'unnecessary spaces. For more information, go to '
+            'https://support.google.com/mail/?p=NoSuchUser %s' % (name * 60))
+            for name in 'abc'})
+
+        id = self.put([name * 30 + '@example.org' for name in 'abc'])
+
+        (line,), = self.alerts()
+        for word in (id, '550 5.1.1 The', 'advice: ', 'from <%s>' % SENDER,
+                     '<%s@' % ('c' * 30), 'the report', '--retry ' + id):
+            self.assertIn(word, line)
+        self.assertLess(max(map(len, self.post.mails[0].data.split(
+            b'\r\n'))), 998)
+
     def test_a_reload_without_alert_ends_it(self):
         self.watched({'RCPT': NEVER})
         self.parked()
