@@ -1826,8 +1826,10 @@ class Folder:
             log.error('%s', line)
             self.alert(line)
         except OSError as error:
-            log.error('%s: cannot be read: %s; nor set aside: %s',
-                      name, why, error)
+            line = '%s: cannot be read: %s; nor set aside: %s' % (
+                name, why, error)
+            log.error('%s', line)
+            self.alert(line, 'aside ' + name)
 
 
 class Spool(Folder):
@@ -1958,8 +1960,10 @@ class Spool(Folder):
             self._unsaved.pop(mail.id, None)
         except OSError as error:
             self._unsaved[mail.id] = changes
-            log.error('%s: its state cannot be saved: %s; remembered until '
-                      'the next stop', mail.id, error)
+            line = ('%s: its state cannot be saved: %s; remembered until the '
+                    'next stop' % (mail.id, error))
+            log.error('%s', line)
+            self.alert(line, 'saving ' + mail.id)
 
     def _state_line(self, state):
         import json
@@ -5601,6 +5605,7 @@ ALERT_PATIENCE = 60         # seconds until one that can't be stored is again
 MOST_SUBJECTS = 1000        # that were told, and are remembered
 ALERT_FIELD = 'X-Smtpproxy-Alert'       # holds what only ours can know
 OF_CLIENTS = 'sender ', 'password '     # how those begin that any can cause
+OF_ONE_MAIL = 'saving ', 'handlers ', 'aside '
 TWO_WEEKS = 14 * DAY
 
 
@@ -5705,12 +5710,12 @@ class Alerts:
 
     def _has_room(self):
         """Whether one subject more can be remembered: what is not would be
-        told again and again. The oldest that a client has caused gives way.
+        told again and again. The oldest that is about no account gives way.
         """
         if len(self._told) < MOST_SUBJECTS:
             return True
-        oldest = next(filter(lambda about: about.startswith(OF_CLIENTS),
-                             self._told), None)
+        oldest = next(filter(lambda about: about.startswith(
+            OF_CLIENTS + OF_ONE_MAIL), self._told), None)
         return self._told.pop(oldest, False)
 
     def _collect(self, line, about=''):
@@ -7129,9 +7134,10 @@ class Relay:
                      mail.frm, listed(mail.to))
             return True
         except (OSError, MemoryError) as error:
-            log.error('%s: handlers cannot be run on it, or what they made '
-                      'of it not stored: %r; tried again later', mail.id,
-                      error)
+            line = ('%s: handlers cannot be run on it, or what they made of '
+                    'it not stored: %r; tried again later' % (mail.id, error))
+            log.error('%s', line)
+            self.alerts.tell(line, 'handlers ' + mail.id)
             self.queues.unrouted.give_back(
                 mail.id, self.policy.in_a_while(self.settings))
             return False

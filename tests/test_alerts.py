@@ -1,5 +1,6 @@
 """Alerts: what needs a person reaches one, by mail and not too often."""
 import email
+import errno
 import os
 import ssl
 import time
@@ -344,6 +345,55 @@ class Accounts(AlertCase):
 
         (line,), = self.alerts()
         self.assertRegex(line, '6[123] mails wait for their turn')
+
+
+class DiskTrouble(AlertCase):
+    """What the disk refuses is told."""
+
+    FULL = OSError(errno.ENOSPC, 'No space left on device')
+
+    def watched(self, *arguments, **config):
+        super().watched(*arguments, **config)
+        self.spool.alert = self.relay.alerts.tell       # as Proxy does
+
+    def test_a_state_that_cannot_be_saved(self):
+        self.watched({'RCPT': LATER})
+        with mock.patch.object(smtpproxy.Spool, '_append',
+                               side_effect=self.FULL):
+            id = self.put()
+            (line,), = self.alerts()
+            for _ in range(3):          # and mail can be stored meanwhile
+                self.put(sender=BOX)
+                self.pass_an_hour()
+            self.post.wait(4)
+
+        self.assertIn(id + ': its state cannot be saved', line)
+        self.assertEqual(1, sum(mail.to == [OWNER]
+                                for mail in self.post.mails))
+
+    def test_what_handlers_made_of_a_mail_and_cannot_be_stored(self):
+        accounts = {SENDER: self.account(), BOX: self.account(self.post)}
+        self.watched()
+        self.reload(smtpproxy.load(self.ini(
+            {'sleeptime': 10, 'alert': OWNER, 'alertfrom': BOX}, accounts,
+            '[handler rewriteaddress]\nenabled=true\nto *=%s\n' % OTHER)))
+        with mock.patch.object(smtpproxy.Spool, 'replace',
+                               side_effect=self.FULL):
+            id = self.put()
+            (line,), = self.alerts()
+
+        self.assertIn(id + ': handlers cannot be run on it', line)
+
+    def test_what_cannot_be_read_nor_set_aside(self):
+        self.watched()
+        with mock.patch.object(smtpproxy.os, 'rename',
+                               side_effect=self.FULL):
+            self.spool.set_aside('strange', 'it is no mail')
+            self.spool.set_aside('strange', 'it is no mail')
+
+        (line,), = self.alerts()
+
+        self.assertIn('nor set aside: ', line)
 
 
 class OverRestarts(AlertCase):
