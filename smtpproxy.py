@@ -65,6 +65,7 @@ in smtpproxy.ini.example. The nouns:
     FailurePolicy       what a failure means for a mail
     DeliveryAgent       delivers one destination's mail, in its thread
     Requests            what the owner asks for with the commands
+    Watch               tells the owner what no mail has said
     Relay               decides for every mail what happens next
 
     Proxy               builds all of it and wires it together
@@ -3440,6 +3441,7 @@ ANSWER_SIZE = 65536         # bytes of its answer
 MARGIN = 600                # seconds; some servers refuse a token with less
 LOCK_TIME = 45              # seconds: another process's renewal is over then
 IDLE_TIME = 7 * 86400       # seconds; unused sign-ins end, soonest in weeks
+PASSING = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO, errno.ESTALE)
 IDLE_RETRY = 3600           # seconds until that is tried again
 AWAY = ' away'              # of a note's case: no person is needed
 RUN_OUT = 'it came without a refresh token and has run out'
@@ -4249,7 +4251,7 @@ class Grant:
                     self.file.folder, error.strerror)
         if mark == self._mark and not (self._again and self._problem):
             return False
-        had, self._tokens = self._tokens, None
+        had, self._tokens, passes = self._tokens, None, False
         self._mark, self._problem = mark, problem
         if had and not mark:
             log.warning('sign-in of [%s]: it is gone: %s', self.section,
@@ -4259,12 +4261,13 @@ class Grant:
         except (OSError, ValueError) as error:
             self._problem = '%s cannot be read: %s' % (
                 self.file.path, getattr(error, 'strerror', None) or error)
+            passes = getattr(error, 'errno', None) in PASSING
         self._fresh.forget()
         self._outage.end()
         self._unsaved = False
         self.file.keep_lock(False)
         self.retry()
-        self._again = False
+        self._again = passes
         return True
 
     def _lack(self, tokens):
@@ -5605,6 +5608,7 @@ ALERT_PATIENCE = 60         # seconds until one that can't be stored is again
 MOST_SUBJECTS = 1000        # that were told, and are remembered
 ALERT_FIELD = 'X-Smtpproxy-Alert'       # holds what only ours can know
 OF_CLIENTS = 'sender ', 'password '     # how those begin that any can cause
+NEEDS_PERSON = 'person '    # how those begin that only a person can mend
 OF_ONE_MAIL = 'saving ', 'handlers ', 'aside '
 TWO_WEEKS = 14 * DAY
 
@@ -5644,11 +5648,14 @@ class Alerts:
 
     def tell(self, line, about=''):
         """line: str, for the owner. about: what it is about, told once until
-        works_again() or forget()."""
+        works_again() or forget(), and not at all of an account that is known
+        to need a person."""
         if not self.settings.config.alert:
             return
         with self._lock:
-            if about in self._told or about and not self._has_room():
+            if not self._told.keys().isdisjoint([about, NEEDS_PERSON + about]):
+                return
+            if about and not self._has_room():
                 return
             if about:
                 self._told[about] = True
@@ -5656,10 +5663,11 @@ class Alerts:
         if self._is_due():
             self.wake()
 
-    def works_again(self, about, line):
-        """line: for the owner, if that was told."""
-        if about in self._told:
-            self.forget(about)
+    def works_again(self, line, *subjects):
+        """line: for the owner, if one of these was told."""
+        if not self._told.keys().isdisjoint(subjects):
+            for about in subjects:
+                self.forget(about)
             self.tell(line)
 
     def is_one(self, mail):
@@ -6663,8 +6671,9 @@ class DeliveryAgent:
             log.info('%s is there again: %d mails are tried now',
                      self._server, len(self._destination.due))
         if report.sent and not self._destination.not_before:
-            self._relay.alerts.works_again(self._section, '%s works again' % (
-                title(self._section, self._destination.account)))
+            self._relay.alerts.works_again('%s works again' % title(
+                self._section, self._destination.account), self._section,
+                NEEDS_PERSON + self._section)
         self._destination.succeed()
 
     def _tell(self, mail, what):
@@ -6673,7 +6682,7 @@ class DeliveryAgent:
         if not self._relay.alerts.is_one(mail):
             self._relay.alerts.tell('%s: %s' % (
                 title(self._section, self._destination.account), what),
-                self._section)
+                NEEDS_PERSON + self._section)
 
     def _settle_report(self, courier, mail, report, settings):
         """Whether the connection may be used for a next mail."""
@@ -6762,9 +6771,9 @@ class DeliveryAgent:
     def _await_sign_in(self, mail, error, settings):
         """No try before the sign-in changes or the owner asks for one, and
         not even deleteonerror deletes what waits for that."""
-        self._tell(mail, 'its mail waits for a sign-in: %s' % error)
         level = self._hold(mail, error, FOREVER, 0)
         self._wait_with_account(mail, settings, level, FOREVER)
+        self._relay.wake()              # its round tells the owner
 
     def _wait_with_account(self, mail, settings, level, news):
         """The mail that was tried waits for its account with all others.
@@ -6882,6 +6891,55 @@ class Requests:
         return id not in queue_             # it may be unreadable for now
 
 
+class Watch:
+    """Tells the owner what no mail has said: sign-ins that have ended, and
+    accounts whose mail waits for too long. The relay's thread looks."""
+
+    def __init__(self, spool, alerts):
+        self._spool, self._alerts = spool, alerts
+
+    def look_round(self, settings, grants, destinations):
+        for grant in grants:
+            self._look_at_sign_in(grant)
+        for destination in destinations:
+            section = settings.section_of(destination.account)
+            self._look_for_trouble(destination, section)
+            self._look_for_backlog(destination, section)
+
+    def _look_at_sign_in(self, grant):
+        """Before mail waits for it, too: that may be urgent when it comes."""
+        about = NEEDS_PERSON + 'sign-in of ' + grant.section
+        why = grant.person_needed()
+        if why:
+            self._alerts.tell('[%s]: its mail waits for a sign-in: %s; to '
+                              'sign in: %s' % (grant.section, why,
+                                               grant.command), about)
+        else:
+            self._alerts.works_again('[%s] is signed in again' % grant.section,
+                                     about)
+
+    def _look_for_trouble(self, destination, section):
+        waiting = len(destination.due) + len(destination.in_hand)
+        has_trouble = destination.since and waiting and (
+            destination.not_before != FOREVER)      # a sign-in, see above
+        if has_trouble and self._spool.now() - destination.since >= HOUR:
+            self._alerts.tell(
+                '%s could not be used for an hour, %d mails wait: %s' % (
+                    title(section, destination.account), waiting,
+                    destination.why), section)
+
+    def _look_for_backlog(self, destination, section):
+        about, account = 'backlog of ' + section, destination.account
+        waiting = len(destination.due) + len(destination.in_hand)
+        if account.smtprate and waiting > 60 * account.smtprate:
+            self._alerts.tell(
+                '%s: %d mails wait for their turn, with smtprate=%d for more '
+                'than an hour' % (title(section, account), waiting,
+                                  account.smtprate), about)
+        elif not waiting:
+            self._alerts.forget(about)
+
+
 class Relay:
     """Decides for every mail what happens next.
 
@@ -6906,6 +6964,7 @@ class Relay:
         self.policy = FailurePolicy(spool, clock, self.alerts)
         self.queues = Queues(clock, self.grants, self._deliver)
         self._requests = Requests(self, spool, reload_ini)
+        self._watch = Watch(spool, self.alerts)
         self._last_round = -FOREVER     # what was asked for comes first
         self._reloaded = False          # the relay thread has to rescan
         self._last_errno = None
@@ -6924,7 +6983,7 @@ class Relay:
     def announce(self, id, sender, line):
         """A mail is safe on disk. line: what the log says of that; what the
         mail has to wait for comes behind it."""
-        self.alerts.works_again('storing', 'mail can be stored again')
+        self.alerts.works_again('mail can be stored again', 'storing')
         destination = None
         if not self._handlers.enabled:
             destination = self._destination_of(sender)
@@ -7004,28 +7063,9 @@ class Relay:
             if destination.not_before == FOREVER:
                 self._look_after_sign_in(destination)
         self.queues.tidy()
-        for destination in list(self.queues.destinations.values()):
-            self._watch(destination)
+        self._watch.look_round(self.settings, self.grants,
+                               list(self.queues.destinations.values()))
         self.alerts.make_round(self._announce_alert)
-
-    def _watch(self, destination):
-        """Has mail waited for its account for too long?"""
-        waiting = len(destination.due) + len(destination.in_hand)
-        account = destination.account
-        section = self.settings.section_of(account)
-        if destination.since and waiting and (
-                self._spool.now() - destination.since >= HOUR):
-            self.alerts.tell('%s could not be used for an hour, %d mails wait:'
-                             ' %s' % (title(section, account), waiting,
-                                      destination.why), section)
-        backlog = 'backlog of ' + section
-        if account.smtprate and waiting > 60 * account.smtprate:
-            self.alerts.tell('%s: %d mails wait for their turn, with smtprate='
-                             '%d for more than an hour' % (
-                                 title(section, account), waiting,
-                                 account.smtprate), backlog)
-        elif not waiting:
-            self.alerts.forget(backlog)
 
     def _announce_alert(self, id, sender):
         """An alert goes before other mail, and no handler sees it."""

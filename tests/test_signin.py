@@ -25,6 +25,7 @@ from tests.case import FolderCase, OTHER, SENDER
 from tests.fakes import (CERTIFICATE, Clock, DROP, FakeProxy, FakeSMTP,
                          FakeTokenServer, HANG, RESET, USER, dribble, http,
                          server_tls, wait_until)
+from tests.test_alerts import lines_of
 from tests.test_relay import RelayCase
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -698,6 +699,16 @@ class File(SignInCase):
                 self.assertEqual(bad, self.content())
         self.make().store(self.tokens.issue())
         self.assertEqual('signed in', self.make().state().name)
+
+    def test_what_the_system_refuses_for_a_moment_is_read_again(self):
+        self.signed_in()
+        grant = self.make()
+        with mock.patch.object(smtpproxy.TokenFile, 'read',
+                               side_effect=OSError(errno.EMFILE, 'Too many')):
+            self.assertRaisesRegex(SignInNeeded, 'Too many',
+                                   grant.access_token)
+
+        self.assertEqual('access-2', grant.access_token())
 
     def test_a_link_is_not_followed(self):
         self.signed_in()
@@ -1526,16 +1537,62 @@ class WireCase(RelayCase):
 
     def put_and_wait(self):
         """A mail that was tried."""
-        id = self.put()
         def tried():
             mail = self.spool.load(id)
             return not mail or mail.problem
+        id = self.put()
         wait_until(lambda: tried() and id not in self.in_hand())
         return id
 
     def lines(self, *words):
         return [line for line in self.log().splitlines()
                 if all(word in line for word in words)]
+
+
+class Told(WireCase):
+    """That a person has to sign in reaches one by mail."""
+
+    def setUp(self):
+        super().setUp()
+        self.post = self.serve(FakeSMTP(clock=self.clock))
+
+    def begin(self, signed_in=True):
+        super().begin(signed_in, {'sleeptime': 10, 'alert': USER,
+                                  'alertfrom': OTHER},
+                      {OTHER: self.account(self.post)})
+
+    def assertTold(self, count, *words):
+        """The last of so many alerts has a line with these words."""
+        self.advance_until(lambda: len(self.post.mails) == count, 600)
+        lines = lines_of(self.post.mails[-1])
+        self.assertTrue([line for line in lines if all(
+            word in line for word in words)], lines)
+
+    def test_before_mail_waits_for_it(self):
+        self.begin(signed_in=False)
+
+        self.assertTold(1, 'not signed in', '--login ' + SENDER)
+        self.advance(86400)
+        self.sign_in()
+        self.assertTold(2, SENDER, 'is signed in again')
+
+    def test_a_renewal_of_an_unused_one_that_is_denied(self):
+        self.begin()
+        self.tokens.script['refresh'] = 'invalid_grant'
+
+        self.advance(8 * 86400)
+
+        self.assertTold(1, 'waits for a sign-in', '--login ' + SENDER)
+
+    def test_one_that_ends_in_an_outage_is_no_part_of_it(self):
+        self.tokens.script['refresh'] = http(503, b'')
+        self.begin()
+        self.put_and_wait()
+        self.assertTold(1, 'could not be used for an hour')
+
+        self.tokens.script['refresh'] = 'invalid_grant'
+
+        self.assertTold(2, 'waits for a sign-in', '--login ' + SENDER)
 
 
 class OnTheWay(WireCase):
