@@ -1481,6 +1481,7 @@ UNABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
 HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # by another
 
 named = {}              # what was said of that already -> its line
+REFUSED = '.refused'    # behind a request's name: it was served, to no avail
 
 
 def name_once(path, what, error):
@@ -1796,6 +1797,8 @@ class Folder:
         folder = os.path.join(self.folder, 'asked')
         os.makedirs(folder, 0o700, exist_ok=True)
         path = os.path.join(folder, '%s.%s' % (id, what))
+        with contextlib.suppress(OSError):  # of an earlier one
+            os.unlink(path + REFUSED)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         return path
 
@@ -3925,12 +3928,13 @@ class TokenFile:
                 raise                   # those can't sync folders (CIFS)
 
     @contextlib.contextmanager
-    def locked(self):
+    def locked(self, patience=None):
         """Inside it no other process changes the file. Raises
-        TokenServerAway if one has the lock for too long."""
+        TokenServerAway if one has the lock for longer than patience, in
+        seconds (LOCK_TIME)."""
         lock, self._held = self._held, None
         if lock is None:
-            lock = self._take_lock()
+            lock = self._take_lock(patience)
         try:
             yield
         finally:
@@ -3945,12 +3949,12 @@ class TokenFile:
             lock, self._held = self._held, None
             self._release(lock)
 
-    def _take_lock(self):
+    def _take_lock(self, patience):
         """Its descriptor; None if there is nothing to lock, or no way."""
         lock = None
         try:
             lock = self._open_lock()
-            take_lock(lock, LOCK_TIME)
+            take_lock(lock, LOCK_TIME if patience is None else patience)
             return lock
         except Busy:
             self._release(lock)
@@ -4208,7 +4212,10 @@ class Grant:
         stored; what the disk has refused is tried once more."""
         if self._renewing.acquire(timeout=max(0, seconds)):
             try:
-                self._save_again()
+                self._save_again(patience=0)
+            except TokenServerAway as away:
+                log.error('sign-in of [%s]: the new one is lost: %s',
+                          self.section, away)
             finally:
                 self._renewing.release()
 
@@ -4240,7 +4247,7 @@ class Grant:
     def _look(self):
         """Reads the file if it is not what we know; returns whether. That
         brings a dead sign-in back to life."""
-        mark, problem = None, ''
+        mark, tokens, problem, passes = None, None, '', False
         try:
             mark = self.file.mark()
         except OSError as error:
@@ -4249,19 +4256,23 @@ class Grant:
             if not isinstance(error, FileNotFoundError):
                 problem = '%s cannot be read: %s' % (
                     self.file.folder, error.strerror)
-        if mark == self._mark and not (self._again and self._problem):
+        known = mark == self._mark
+        if known and not (self._again and self._problem):
             return False
-        had, self._tokens, passes = self._tokens, None, False
+        try:
+            tokens = self.file.read() if mark else None
+        except (OSError, ValueError) as error:
+            problem = '%s cannot be read: %s' % (
+                self.file.path, getattr(error, 'strerror', None) or error)
+            passes = getattr(error, 'errno', None) in PASSING
+        if known and problem == self._problem:      # it is as it was
+            self._again = passes
+            return False
+        had, self._tokens = self._tokens, tokens
         self._mark, self._problem = mark, problem
         if had and not mark:
             log.warning('sign-in of [%s]: it is gone: %s', self.section,
                         self.command)
-        try:
-            self._tokens = self.file.read() if mark else None
-        except (OSError, ValueError) as error:
-            self._problem = '%s cannot be read: %s' % (
-                self.file.path, getattr(error, 'strerror', None) or error)
-            passes = getattr(error, 'errno', None) in PASSING
         self._fresh.forget()
         self._outage.end()
         self._unsaved = False
@@ -4334,10 +4345,10 @@ class Grant:
         log.info('sign-in of [%s]: renewed, good for %d seconds',
                  self.section, self._fresh.left(self._tokens))
 
-    def _save_again(self):
+    def _save_again(self, patience=None):
         """What the disk has refused."""
         if self._unsaved:
-            with self.file.locked():
+            with self.file.locked(patience):
                 if not self._look():
                     self._save(self._tokens)
 
@@ -5637,6 +5648,7 @@ class Alerts:
     def __init__(self, spool, settings):
         self.settings, self.wake = settings, lambda: None
         self._spool, self._lock = spool, threading.Lock()
+        self._writing = threading.Lock()    # the note: two threads may
         self._recall()
         self._next_look = 0.0       # at the certificate
         self._complaint = ''
@@ -5755,6 +5767,10 @@ class Alerts:
 
     def _remember(self):
         """Keeps what is to be known after a restart, if it is news."""
+        with self._writing:
+            self._write_note()
+
+    def _write_note(self):
         import json
         with self._lock:
             memory = {'last': int(self._last), 'told': list(self._told),
@@ -5878,7 +5894,6 @@ LONGEST_WAIT = 3600         # seconds between two tries
 UNANSWERED = 3              # copies at most, where each may have arrived
 BACKLOG = 8                 # mails that wait per connection before one more
 RELOAD = 'ini', 'reload'    # the request of --add, in the place of id and what
-REFUSED = '.refused'        # behind its name: it was served, to no avail
 
 
 class MailQueue:
@@ -6496,9 +6511,10 @@ class FailurePolicy:
                                and account.smtprate else 0.0)
 
     def _forgive_turn(self, mail, settings):
-        """A mail that failed before was due again, and then waited for its
-        turn (smtprate): that was no trouble."""
-        if mail.since and not mail.holds:
+        """With smtprate a mail that failed before was due again, and then
+        waited for its turn: that was no trouble."""
+        account = settings.account_for(mail.frm)
+        if mail.seen and not mail.holds and account and account.smtprate:
             due = mail.seen + back_off(mail.tries, settings.config)
             mail.since += max(0.0, self._spool.now() - due)
 
@@ -6521,7 +6537,7 @@ class FailurePolicy:
         """Keeps when the trouble of a mail began; returns when that of its
         account did, if it is that. In the spool's time."""
         now = self._spool.now()
-        mail.since = mail.since or now
+        mail.since = min(mail.since or now, now)
         return mail.since if mail.holds else now
 
     def note_deferral(self, mail, destination, wait, level):
@@ -6903,8 +6919,9 @@ class Watch:
             self._look_at_sign_in(grant)
         for destination in destinations:
             section = settings.section_of(destination.account)
-            self._look_for_trouble(destination, section)
-            self._look_for_backlog(destination, section)
+            if section:                 # else it will be recalled
+                self._look_for_trouble(destination, section)
+                self._look_for_backlog(destination, section)
 
     def _look_at_sign_in(self, grant):
         """Before mail waits for it, too: that may be urgent when it comes."""
@@ -6914,7 +6931,7 @@ class Watch:
             self._alerts.tell('[%s]: its mail waits for a sign-in: %s; to '
                               'sign in: %s' % (grant.section, why,
                                                grant.command), about)
-        else:
+        elif grant.state().name == 'signed in':     # that is known
             self._alerts.works_again('[%s] is signed in again' % grant.section,
                                      about)
 
@@ -7322,8 +7339,7 @@ class Proxy:
         self.settings, self._started = settings, settings.config
         self._pause = pause
         self.spool = Spool(settings.config.msgdir)
-        self.alerts = Alerts(self.spool, settings)
-        self.spool.alert = self.alerts.tell
+        self.alerts = None              # they are kept in msgs/
         self._reloading = threading.Lock()      # the main thread, the relay
         self.server = smtps.Server(self._make_session, hostname=HOST)
 
@@ -7514,6 +7530,8 @@ class Proxy:
         with self._folder_needed():
             if not self.spool.is_there():
                 self.spool.open()
+            self.alerts = Alerts(self.spool, self.settings)
+            self.spool.alert = self.alerts.tell
             return self.spool.start()
 
     @contextlib.contextmanager

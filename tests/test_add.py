@@ -685,6 +685,18 @@ class Running(AddCase):
         wait_until(lambda: not os.listdir(self.path('msgs/asked')))
         self.assertEqual(1, self.log().count('not reloaded'))
 
+    def test_nor_is_the_next_one_before_the_service_looks_again(self):
+        self.start({'sleeptime': 600})
+        with open(self.path('smtpproxy.ini'), 'a') as file:
+            file.write('[broken]\n')
+        for count in 1, 2:
+            path = self.proxy.spool.ask(*smtpproxy.RELOAD)
+            self.proxy.relay.wake()
+            wait_until(lambda: self.log().count('not reloaded') == count
+                       and not os.path.exists(path))
+
+            self.assertTrue(os.path.exists(path + smtpproxy.REFUSED))
+
     def test_a_reload_on_request_does_what_sighup_does(self):
         self.upstream.require_auth = False
         self.upstream.script['MAIL'] = ['451 4.3.0 later', None]

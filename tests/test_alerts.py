@@ -279,6 +279,33 @@ class Accounts(AlertCase):
 
         self.assertEqual(['the end'], self.alerts(2)[1])
 
+    def test_a_stranger_to_a_server_that_takes_us_is_told_once(self):
+        """It relays for some only. The alerts go by the same account."""
+        self.upstream.script['RCPT TO:<%s' % A] = '530 5.7.0 who are you?'
+        self.begin({'sleeptime': 10, 'alert': OWNER, 'alertfrom': SENDER},
+                   {SENDER: self.account()})
+
+        self.put()
+        for _ in range(20):
+            self.pass_an_hour()
+            wait_until(self.at_rest)
+
+        self.assertLessEqual(len(self.upstream.mails), 2)
+
+    def test_an_account_that_is_to_be_recalled_is_not_told(self):
+        self.watched({'': '421 4.3.2 busy'})
+        self.tried(self.put(), 1)
+        watch = smtpproxy.Watch(self.spool, self.relay.alerts)
+        others = smtpproxy.load(self.ini(accounts={
+            BOX: self.account(self.post)}))
+
+        with mock.patch.object(self.relay.alerts, 'tell') as tell:
+            self.clock.advance(2 * HOUR)
+            watch.look_round(others, (), [self.relay.queues.destination(
+                self.settings.account_for(SENDER))])
+
+        tell.assert_not_called()
+
     def test_accounts_at_one_server_are_told_apart(self):
         """POP before SMTP: nothing but the POP login is theirs alone."""
         bad = self.serve(FakePOP({'PASS': '-ERR [AUTH] wrong'}))
@@ -507,6 +534,19 @@ class OverRestarts(AlertCase):
 
                 self.alerts(count)
                 self.clear()
+
+
+    def test_two_threads_write_one_note_after_the_other(self):
+        self.watched()
+        alerts, at_once = self.relay.alerts, []
+
+        def keep_note(name, text):
+            at_once.append(alerts._writing.locked())
+        with mock.patch.object(self.spool, 'keep_note', keep_note):
+            alerts.tell('the news', 'this')
+            alerts._remember()
+
+        self.assertEqual([True], at_once[:1])
 
 
 class NoLoops(AlertCase):

@@ -188,6 +188,18 @@ class Patience(PaceCase):
                 self.assertLogged('ERROR', id, 'not delivered in 1 days')
                 self.clear()
 
+    def test_a_limit_at_its_first_try_gives_no_more_days(self):
+        self.upstream.script['RCPT'] = '550 5.4.5 Daily sending limit exceeded'
+        self.paced(0, rate=30, retrydays=1)
+        id = self.put()
+        self.advance_until(lambda: self.spool.load(id).problem, 2)
+        self.end()
+        self.begin({'retrydays': 1}, {SENDER: self.account(smtprate=30)})
+
+        self.advance_until(lambda: self.spool.load(id).parked, HOUR)
+
+        self.assertLess(self.spool.age(id), 2 * DAY)
+
     def test_behind_a_backlog_it_has_all_its_days_after_a_failure(self):
         self.upstream.script['RCPT TO:<%s>' % B] = LATER
         self.paced(0, rate=1, retrydays=1)

@@ -710,6 +710,23 @@ class File(SignInCase):
 
         self.assertEqual('access-2', grant.access_token())
 
+    def test_a_disk_that_cannot_be_read_costs_one_request_and_one_line(self):
+        self.tokens.clients['id'] = 'hush'
+        keys = 'oauthflow=app\noauthclientsecret=hush\n'
+        self.make(keys).access_token()
+        app, broken = self.make(keys), mock.patch.object(
+            smtpproxy.TokenFile, 'read', side_effect=OSError(errno.EIO, 'I/O'))
+        with broken:
+            self.assertEqual('access-2', app.access_token())
+        self.assertEqual(2, len(self.tokens.requests))
+
+        self.signed_in()
+        grant = self.make()
+        with broken:
+            for _ in range(10):
+                grant.renew_if_idle()
+        self.assertEqual(1, self.errors())
+
     def test_a_link_is_not_followed(self):
         self.signed_in()
         os.rename(self.file(), self.path('elsewhere'))
@@ -1583,6 +1600,25 @@ class Told(WireCase):
         self.advance(8 * 86400)
 
         self.assertTold(1, 'waits for a sign-in', '--login ' + SENDER)
+
+    def test_a_reload_or_a_restart_is_no_new_sign_in(self):
+        self.begin()
+        self.tokens.script['refresh'] = 'invalid_grant'
+        self.put_and_wait()
+        self.assertTold(1, 'waits for a sign-in')
+
+        for again in self.reload, self.restart:
+            again()
+            for _ in range(3):
+                self.advance(3600)
+                wait_until(self.at_rest)
+
+        self.assertFalse([line for mail in self.post.mails
+                          for line in lines_of(mail) if 'is signed' in line])
+
+    def restart(self):
+        self.end()
+        self.begin(signed_in=False)
 
     def test_one_that_ends_in_an_outage_is_no_part_of_it(self):
         self.tokens.script['refresh'] = http(503, b'')
