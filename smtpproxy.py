@@ -1532,12 +1532,17 @@ class Draft:
 
     id: str; size: int, bytes of the message."""
 
-    def __init__(self, spool, id, kind, envelope, cache=None):
-        """kind: of the file's name; envelope: see envelope_text; cache: a
-        dict, id -> the bytes of a small mail."""
+    def __init__(self, spool, folder, id, kind, envelope, cache=None,
+                 unwanted=None):
+        """folder: the descriptor of msgs/ that is locked; kind: of the file's
+        name; envelope: see envelope_text; cache: a dict, id -> the bytes of a
+        small mail; unwanted: a set of ids whose files are to be removed."""
         self.id, self.size = id, 0
-        self._spool, self._path = spool, spool.path(id, kind)
+        # By its descriptor: never into an empty folder in its place.
+        self._spool, self._folder = spool, folder
+        self._name = os.path.basename(spool.path(id, kind))
         self._pending, self._cache = envelope, cache
+        self._unwanted = unwanted
         self._file, self._checksum = None, 0
         self._written = self._pushed = 0    # bytes; see _push()
         self._number = 0            # of its name; 0: not on disk yet
@@ -1553,7 +1558,8 @@ class Draft:
         """Out of the memory."""
         if self._file is None:
             self._file = os.open(
-                self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+                self._name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600,
+                dir_fd=self._folder)
             self._number = self._spool.count_name()
         data, self._pending = self._pending, b''
         self._checksum = zlib.crc32(data, self._checksum)
@@ -1602,9 +1608,12 @@ class Draft:
         with contextlib.suppress(OSError):
             if file is not None:
                 os.close(file)
-        with contextlib.suppress(OSError):      # swept at the next start
+        try:
             if self._number:
-                os.unlink(self._path)
+                os.unlink(self._name, dir_fd=self._folder)
+        except OSError:                 # the next round tries again
+            if self._unwanted is not None:
+                self._unwanted.add(self.id)
 
     def release(self):
         """It is not being received any more: a scan of the spool sees it, if
@@ -1760,11 +1769,18 @@ class Folder:
     def sync(self):
         """Makes all names last; whether it was in the folder that is locked:
         then no other needs to be opened. Raises OSError."""
-        if self.is_there():
-            sync_open_folder(self._lock, self.folder)
-            return True
-        sync_folder(self.folder)
-        return False
+        if self._lock is None:
+            sync_folder(self.folder)
+            return False
+        self._demand_place()
+        sync_open_folder(self._lock, self.folder)
+        return True
+
+    def _demand_place(self):
+        """Nothing is promised, or made, in another folder in its place: that
+        one may be hidden when the disk is back. Raises OSError."""
+        if self._lock is not None and not self.is_there():
+            raise FileNotFoundError(errno.ENOENT, 'it is away', self.folder)
 
     # Notes of ours, that have to last.
 
@@ -1775,6 +1791,7 @@ class Folder:
 
     def keep_note(self, name, text):
         """name: one of OURS. Raises OSError, then the old one is there."""
+        self._demand_place()
         folder = os.path.join(self.folder, name)
         make_folder(folder)
         path = os.path.join(folder, 'note')
@@ -1795,7 +1812,9 @@ class Folder:
     def ask(self, id, what):
         """Leaves a request; returns its path, which is gone once done."""
         folder = os.path.join(self.folder, 'asked')
-        os.makedirs(folder, 0o700, exist_ok=True)
+        self._demand_place()
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
         path = os.path.join(folder, '%s.%s' % (id, what))
         with contextlib.suppress(OSError):  # of an earlier one
             os.unlink(path + REFUSED)
@@ -1880,7 +1899,7 @@ class Spool(Folder):
         self._epoch = time.time() - clock()
         self._numbering = threading.Lock()      # guards _sequence
         self._sequence = int.from_bytes(os.urandom(2), 'big')
-        self._delivered = set()     # their file could not be removed
+        self._unwanted = set()       # ids of files that could not be removed
         self._unsaved = {}          # id -> changes that the disk refused
         self._cache = {}            # id -> the bytes of a small mail that was
                                     # just written: nobody has to read it
@@ -1909,15 +1928,16 @@ class Spool(Folder):
 
     def draft(self, frm, to, parameters):
         """A new Draft."""
-        draft = Draft(self, self._new_id(), 'mail',
-                      envelope_text(frm, to, parameters), self._cache)
+        draft = Draft(self, self._lock, self._new_id(), 'mail',
+                      envelope_text(frm, to, parameters), self._cache,
+                      self._unwanted)
         self.drafts.add(draft.id)
         return draft
 
     def load(self, id, to_send=True):
         """The Mail of an id, None if it is not there. Raises Unfinished,
         Unreadable or OSError. to_send: one found at start is verified."""
-        if id in self._delivered:
+        if id in self._unwanted:
             return None
         data = self._cache.pop(id, None)
         try:
@@ -1997,8 +2017,9 @@ class Spool(Folder):
             os.unlink(path)
         except FileNotFoundError:
             pass
-        draft = Draft(self, mail.id, 'new', HANDLED + envelope_text(
-            mail.frm, mail.to, mail.parameters))
+        draft = Draft(
+            self, self._lock, mail.id, 'new', HANDLED + envelope_text(
+                mail.frm, mail.to, mail.parameters))
         try:
             draft.write(smtps.stuffed(mail.msg))
             draft.seal()
@@ -2015,12 +2036,12 @@ class Spool(Folder):
             os.unlink(mail.path)
         except OSError as error:
             if not self._is_gone(error):
-                self._delivered.add(mail.id)
+                self._unwanted.add(mail.id)
                 log.error('%s: done, but its file cannot be removed: %s; it '
                           'will not be sent again as long as we run', mail.id,
                           error)
                 return
-        self._delivered.discard(mail.id)
+        self._unwanted.discard(mail.id)
         self._unsaved.pop(mail.id, None)
 
     # All of them.
@@ -2081,13 +2102,13 @@ class Spool(Folder):
 
     def retry_removals(self):
         """Tries again to remove what is delivered."""
-        for id in list(self._delivered):
+        for id in list(self._unwanted):
             try:
                 os.unlink(self.path(id, 'mail'))
             except OSError as error:
                 if not self._is_gone(error):
                     continue            # said already
-            self._delivered.discard(id)
+            self._unwanted.discard(id)
 
 
 # --- Front door: what clients hand in ---------------------------------------
@@ -6170,9 +6191,10 @@ class Destination(MailQueue):
         with self.changed:
             others = self._threads - 1
             self._gets_through = bool(others)
-            if not others or not self.give_back(id):
+            if not others or self.closed:
                 return 0
-            self._threads = self._most_threads = others
+            self._threads = self._most_threads = others     # first: what is
+            self.give_back(id)              # given back may start others
             return others
 
     def defer(self, seconds, error, failures, since):

@@ -1202,6 +1202,22 @@ class ForSome(RelayCase):
 
 class MoreConnections(RelayCase):
 
+    def test_threads_that_begin_while_one_is_refused_are_counted(self):
+        """Else the count is wrong for good, and nobody delivers any more."""
+        destination = smtpproxy.Destination(smtpproxy.Account(
+            smtphost='example.org', smtpconnections=4), self.clock, None, None)
+        with mock.patch('threading.Thread.start') as start:
+            for count in range(40):
+                destination.add(str(count), self.clock() + 10)
+            destination._threads, destination._gets_through = 3, True
+            start.reset_mock()
+            self.clock.advance(10)      # all are due at once
+
+            self.assertEqual(2, destination.retire(destination.take()))
+
+            self.assertEqual(2 + start.call_count, destination._threads)
+            self.assertEqual(40, len(destination.due))
+
     def crowd(self, count, script=None, **keys):
         """So many mails to a server that takes the first one at once and the
         others when self.gate is set."""
@@ -1344,6 +1360,52 @@ class Away(RelayCase):
         self.advance_until(lambda: not self.spooled(), 10)
 
         self.assertEqual(1, len(self.upstream.mails))
+
+
+    def test_no_mail_is_promised_in_another_folder(self):
+        """The mount point of a disk that is away."""
+        self.begin({'sleeptime': 10})
+        with self.away(instead=True):
+            with self.assertRaises(OSError) as caught:
+                self.put()
+            self.assertEqual([], os.listdir(self.path('msgs')))
+
+        self.assertIn('it is away', str(caught.exception))
+        self.put([B])
+        self.assertDelivered([B])
+
+    def test_msgs_is_not_made_anew(self):
+        """What is told to the owner, and asked for, is to be kept then."""
+        self.begin({'sleeptime': 10, 'alert': OTHER, 'alertfrom': SENDER})
+        with self.away():
+            self.relay.alerts.tell('something needs you')
+            self.assertLogged('ERROR', 'cannot be stored')
+            for step in (lambda: self.spool.keep_note('alerts', ''),
+                         lambda: self.spool.ask('all', 'retry')):
+                self.assertRaises(OSError, step)
+
+            self.assertFalse(os.path.exists(self.path('msgs')))
+
+    def test_what_could_not_be_stored_nor_removed_is_not_sent(self):
+        def fails(*_, **__):
+            raise OSError(errno.EIO, 'Input/output error')
+        self.begin({'sleeptime': 10})
+        for call in 'os.fsync', 'os.write':     # all of it is there, a part
+            with self.subTest(call):
+                draft = self.spool.draft(SENDER, [B], {})
+                draft.write(MAIL)
+                with mock.patch(call, fails), mock.patch('os.unlink', fails):
+                    with self.assertRaises(OSError):
+                        draft.seal()
+                        draft.commit()
+                    draft.abort()
+                    draft.release()
+
+                self.reload()
+                self.advance_until(lambda: not self.spooled(), 10)
+
+        self.assertEqual([], self.upstream.mails)
+        self.assertNotLogged('ERROR')
 
 
 class Misfortune(RelayCase):
