@@ -67,7 +67,7 @@ class Recorder:
     def call(self, name, *arguments, **options):
         """Does what os.name does; only what succeeds is noted."""
         with self.one_at_a_time:
-            file = self.name_of(arguments[0])
+            file = self.name_of(arguments[0], options.get('dir_fd'))
             result = self.real[name](*arguments, **options)
             if name == 'open':
                 self.files.pop(result, None)    # its number is used again
@@ -75,10 +75,13 @@ class Recorder:
                 self.understand(name, file, arguments, result)
             return result
 
-    def name_of(self, file):
-        """The name below root of a path or open file, None if not ours."""
+    def name_of(self, file, folder=None):
+        """The name below root of a path (relative to folder, if that is an
+        open one) or open file, None if not ours."""
         if isinstance(file, int):
             return self.files.get(file)
+        if folder in self.files:
+            return os.path.join(self.files[folder], file)
         name = os.path.relpath(os.fspath(file), self.root)
         return '' if name == '.' else name if (
             name.split(os.sep)[0] == 'msgs') else None

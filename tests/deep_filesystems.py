@@ -54,7 +54,7 @@ ROWS = (
     Row((os, 'write'), MAIL, 'EFBIG ' + BROKEN, 'is_a_452'),
     Row((os, 'close'), MAIL, BROKEN, 'is_a_452'),
     Row((os, 'posix_fadvise'), MAIL, UNABLE + ' EIO', 'does_no_harm'),
-    Row((os, 'stat'), FOLDER, BROKEN, 'does_no_harm'),
+    Row((os, 'stat'), FOLDER, BROKEN, 'is_a_452'),
     # It goes.
     Row((builtins, 'open'), MAIL, 'EACCES EMFILE ' + BROKEN, 'waits'),
     Row((os, 'unlink'), MAIL, 'EACCES EPERM EBUSY ETXTBSY ' + BROKEN,
