@@ -1481,7 +1481,8 @@ UNABLE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP,
 HELD = {errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES}  # by another
 
 named = {}              # what was said of that already -> its line
-REFUSED = '.refused'    # behind a request's name: it was served, to no avail
+# Behind the name of a request: it was served, to no avail; not meant for us.
+REFUSED, FOREIGN = '.refused', '.foreign'
 
 
 def name_once(path, what, error):
@@ -1816,8 +1817,9 @@ class Folder:
         with contextlib.suppress(FileExistsError):
             os.mkdir(folder, 0o700)
         path = os.path.join(folder, '%s.%s' % (id, what))
-        with contextlib.suppress(OSError):  # of an earlier one
-            os.unlink(path + REFUSED)
+        for answer in REFUSED, FOREIGN:     # to an earlier one
+            with contextlib.suppress(OSError):
+                os.unlink(path + answer)
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT, 0o600))
         return path
 
@@ -5914,7 +5916,13 @@ LINGER = 2.0                # seconds a connection is kept for a next mail
 LONGEST_WAIT = 3600         # seconds between two tries
 UNANSWERED = 3              # copies at most, where each may have arrived
 BACKLOG = 8                 # mails that wait per connection before one more
-RELOAD = 'ini', 'reload'    # the request of --add, in the place of id and what
+
+
+def reload_request(ini):
+    """The request of --add, (id, what): to the service that goes by this very
+    file, whatever its path is there. Raises OSError."""
+    info = os.stat(ini)
+    return 'ini-%d-%d' % (info.st_dev, info.st_ino), 'reload'
 
 
 class MailQueue:
@@ -6846,7 +6854,8 @@ class Requests:
     none. The relay's thread serves them."""
 
     def __init__(self, relay, spool, reload_ini):
-        """reload_ini: callable(), what SIGHUP does; whether it was good."""
+        """reload_ini: callable(id), what SIGHUP does, if our ini is meant; ''
+        if it was good, else REFUSED or FOREIGN."""
         self._relay, self._queues = relay, relay.queues
         self._spool, self._reload_ini = spool, reload_ini
 
@@ -6863,20 +6872,20 @@ class Requests:
                       '%s; ask again with --retry %s', id, error, id)
 
     def _serve_one(self, path, id, what):
-        done, good = True, True
+        done, answer = True, ''
         if id == 'all' and what == 'retry':
             done = self._retry_all()
-        elif (id, what) == RELOAD:
-            good = self._reload_ini()
+        elif what == 'reload':
+            answer = self._reload_ini(id)
         elif Spool.ID.fullmatch(id):
             done = self._serve(id, what)
         if not done:
             return                          # the next time we look
         try:
-            if good:
+            if answer:              # whoever waits for it sees that, once
+                os.rename(path, path + answer)
+            else:
                 os.unlink(path)
-            else:                   # whoever waits for it sees that, once
-                os.rename(path, path + REFUSED)
         except OSError as error:
             log.error('%s cannot be removed: %s', path, error)
 
@@ -7399,7 +7408,7 @@ class Proxy:
         self._found = self._read_folder()
         self.handlers = Handlers(self.settings)
         self.relay = Relay(self.spool, self.settings, self.handlers,
-                           reload_ini=self.reload, alerts=self.alerts)
+                           reload_ini=self._reload_asked, alerts=self.alerts)
         self._warn()
         log.info('smtpproxy %s listens on %s; accounts: %d, mails in %s: %d',
                  VERSION, self.ports(), len(self.settings.accounts),
@@ -7584,6 +7593,17 @@ class Proxy:
             except Exception:
                 log.exception('not reloaded: an error of ours')
                 return False
+
+    def _reload_asked(self, id):
+        """Answers a reload_request(). One for another ini comes of two that
+        have one msgdir=, most likely that beside the program."""
+        with contextlib.suppress(OSError):      # reload() will say it
+            if (id, 'reload') != reload_request(self.settings.file):
+                log.error('not reloaded: --add has changed another ini than '
+                          '%s, which has the same msgdir=',
+                          self.settings.file)
+                return FOREIGN
+        return '' if self.reload() else REFUSED
 
     def _reload(self):
         try:
@@ -7955,6 +7975,10 @@ def ask_service(spool, ids, what, sleeptime):
             tell('the service is asked; it is busy')
             return 0
         time.sleep(0.05)
+    if any(os.path.exists(path + FOREIGN) for path in paths):
+        say('the service that works on %s uses another ini: that is the one '
+            'to change' % spool.folder)
+        return 1
     if any(os.path.exists(path + REFUSED) for path in paths):
         say('the service has not read its ini again; its log says why')
         return 1
@@ -8820,7 +8844,7 @@ def add(options):
     settings = load(ini.path, ini.content + addition)
     require_trial(interview, settings, sender)
     ini.append(addition)
-    tell('%s has a new section: [%s]' % (ini.path, sender))
+    tell('%s has a new section: [%s]' % (shown_path(ini.path), sender))
     code = 0
     try:
         if 'oauth' in interview.keys:
@@ -9031,6 +9055,12 @@ def tell_device(settings, sender):
     tell('')
 
 
+def shown_path(path):
+    """In full, unless the file is in the current folder."""
+    full = os.path.abspath(path)
+    return path if os.path.dirname(full) == os.getcwd() else full
+
+
 def own_address():
     """How devices reach this box, as far as it can know."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -9044,6 +9074,7 @@ def own_address():
 def wake_service(settings):
     """Has the service read its ini again, if there is one. Returns 1 if that
     failed."""
+    id, what = reload_request(settings.file)
     spool = command_spool(settings)
     try:
         if os.path.isdir(spool.folder):
@@ -9053,7 +9084,6 @@ def wake_service(settings):
             '' if settings.file == USUAL_INI else
             ' --config ' + settings.file))
     except Busy:
-        id, what = RELOAD
         return ask_service(spool, [id], what, settings.config.sleeptime)
     except OSError as error:
         tell('%s: %s; if the service runs, have it reload (SIGHUP)' % (
@@ -9208,7 +9238,7 @@ def main(arguments):
                 return command(settings, options)
         return serve(settings)
     except FileNotFoundError as error:
-        say('%s is missing%s' % (error.filename, (
+        say('%s is missing%s' % (os.path.abspath(error.filename), (
             ': make it with --add, or of smtpproxy.ini.example, or see how it '
             'works with --demo') if error.filename == options.config else ''))
     except (ConfigError, StartError, NotAdded) as error:

@@ -646,6 +646,9 @@ class Typed(AddCase):
 
 class Running(AddCase):
 
+    def request(self):
+        return smtpproxy.reload_request(self.path('smtpproxy.ini'))
+
     def code(self, sender):
         return self.greeted().command('MAIL FROM:<%s>' % sender)[0]
 
@@ -685,12 +688,37 @@ class Running(AddCase):
         wait_until(lambda: not os.listdir(self.path('msgs/asked')))
         self.assertEqual(1, self.log().count('not reloaded'))
 
+    def test_the_ini_of_another_service_is_no_success(self):
+        self.start()
+        path = self.write('other.ini', '[config]\nport=0\nsleeptime=1\n'
+                          'msgdir=%s\n' % self.path('msgs'))
+
+        code, out, err = self.add(OTHER, *self.keys(), '--config', path,
+                                  typed=[SECRET])
+
+        self.assertEqual((1, 1), (code, err.count('\n')), err)
+        self.assertIn('uses another ini', err)
+        self.assertIn(path + ' has a new section', out)
+        self.assertNotIn('read it again', out)
+        self.assertLogged('ERROR', 'not reloaded', 'smtpproxy.ini')
+        self.assertEqual(550, self.code(OTHER))
+
+    def test_its_ini_by_another_path_is_its_ini(self):
+        self.start()
+        os.symlink('smtpproxy.ini', self.path('link.ini'))
+
+        code, _, err = self.add(OTHER, *self.keys(), '--config',
+                                self.path('link.ini'), typed=[SECRET])
+
+        self.assertEqual((0, ''), (code, err))
+        self.assertEqual(250, self.code(OTHER))
+
     def test_nor_is_the_next_one_before_the_service_looks_again(self):
         self.start({'sleeptime': 600})
         with open(self.path('smtpproxy.ini'), 'a') as file:
             file.write('[broken]\n')
         for count in 1, 2:
-            path = self.proxy.spool.ask(*smtpproxy.RELOAD)
+            path = self.proxy.spool.ask(*self.request())
             self.proxy.relay.wake()
             wait_until(lambda: self.log().count('not reloaded') == count
                        and not os.path.exists(path))
@@ -703,7 +731,7 @@ class Running(AddCase):
         self.start({'sleeptime': 600})
         self.assertLogged(self.submit(), 'not delivered')
 
-        self.proxy.spool.ask(*smtpproxy.RELOAD)
+        self.proxy.spool.ask(*self.request())
         self.proxy.relay.wake()
 
         self.assertDelivered([A])
@@ -712,7 +740,7 @@ class Running(AddCase):
     def test_an_error_of_ours_stops_neither_service_nor_requests(self):
         self.start()
         with mock.patch.object(smtpproxy, 'load', side_effect=KeyError):
-            path = self.proxy.spool.ask(*smtpproxy.RELOAD)
+            path = self.proxy.spool.ask(*self.request())
             wait_until(lambda: not os.path.exists(path))
 
         self.assertLogged('ERROR', 'not reloaded: an error of ours')
