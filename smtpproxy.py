@@ -8734,11 +8734,16 @@ class Interview:
                 tell('It %s.' % error)
 
     def key(self, key, question='', default=None):
-        """The same for a key of the account; it is kept unless empty."""
+        """The same for a key of the account; it is kept unless empty. What an
+        ini would only warn of is asked again."""
         kind = Account.__annotations__.get(key, one_line)
-        value = self.ask(key, question, lambda text, warn: kind(
-            for_ini(key, text), lambda what: warn('%s %s' % (key, what))),
-            default)
+
+        def warn(what):
+            if self.somebody:
+                raise ValueError(what)
+            tell('%s %s' % (key, what))
+        value = self.ask(key, question, lambda text, _: kind(
+            for_ini(key, text), warn), default)
         text = str(value).lower() if isinstance(value, bool) else str(value)
         if text:
             self.keys[key] = text

@@ -564,6 +564,10 @@ class Typed(AddCase):
                 ([*self.answers()[:4], '99999', *self.answers()[4:]],
                  'whole number'),
                 ([*self.answers()[:2], '', *self.answers()[2:]], 'is needed'),
+                ([*self.answers()[:2], 'localhost:25', *self.answers()[2:]],
+                 'write only localhost; 25 has a key of its own'),
+                ([*self.answers()[:2], 'my server', *self.answers()[2:]],
+                 'more than the name of a server'),
                 ([*self.answers()[:-1], 'me', ''], 'mail address')):
             with self.subTest(reason):
                 self.write('smtpproxy.ini', INI)
