@@ -969,9 +969,29 @@ def warn_of_secrets(path, group):
         return []
     mend = 'chmod 600 ' + path
     if info.st_uid == 0 and group != 0:
-        mend = 'chgrp %d %s; chmod 640 %s' % (group, path, path)
+        mend = for_group(group, path)
     return ['%s: others on this box can read the passwords in it: %s'
             % (path, mend)]
+
+
+def for_group(group, path):
+    """The commands that let a gid, and no others, read a file of root's."""
+    return 'chgrp %d %s; chmod 640 %s' % (group, path, path)
+
+
+def warn_of_reload(path):
+    """[a warning] if we may not read our own ini: it was root who read it,
+    before a start made us the user of [config]."""
+    try:
+        os.close(os.open(path, os.O_RDONLY))
+    except PermissionError:
+        folder = os.path.dirname(os.path.realpath(path))
+        return ['%s: user %d, who reads it at a reload, may not: %s' % (
+            path, os.getuid(), for_group(os.getgid(), path) if os.access(
+                folder, os.X_OK) else 'nor may it enter ' + folder)]
+    except OSError:
+        pass                            # it is not there, or cannot be read
+    return []
 
 
 def warn_of_password(path):
@@ -7611,7 +7631,8 @@ class Proxy:
             require_passwords(new)
             limits = self.limits(new)
         except (ConfigError, StartError, OSError) as error:
-            for line in str(error).splitlines():
+            for line in warn_of_reload(self.settings.file) or (
+                    str(error).splitlines()):
                 log.error('not reloaded: %s', line)
             return False
         for key in ('port', 'tlsport', 'host', 'msgdir', 'user', 'group'):
@@ -7635,7 +7656,7 @@ class Proxy:
     def _warn(self):
         """What is odd, or waits for a person, at a start and a reload."""
         for warning in self.settings.warnings + folder_warnings(
-                self.settings):
+                self.settings) + warn_of_reload(self.settings.file):
             log.warning('%s', warning)
         for section, text in self.relay.grants.needed().values():
             log.warning('[%s] %s', section, text)
@@ -7721,6 +7742,7 @@ def check(options):
                      + warn_of_log(settings.logging) + try_handlers(settings))
         problems += look_around(settings)       # as its user from now on
         warnings += warn_of_growth(settings.logging)
+        warnings += warn_of_reload(settings.file)
     for line in warnings:
         tell('warning: ' + line)
     for line in problems:

@@ -602,6 +602,27 @@ class Check(CommandCase):
                 self.assertEqual(bool(code), 'may not enter %s' % self.path(
                     'roots') in done.stderr)
 
+    @unittest.skipUnless(os.getuid() == 0, 'needs root')
+    def test_an_ini_that_its_user_may_not_read_at_a_reload_is_named(self):
+        ini, group = self.ini({'user': 'nobody'}), pwd.getpwnam(
+            'nobody').pw_gid
+        os.mkdir(self.path('roots'), 0o700)
+        os.chmod(self.folder, 0o755)
+        shutil.copy(ini, self.path('roots'))
+        for path, mode, words in (
+                (ini, 0o600, 'may not: chgrp %d %s; chmod 640 %s' % (
+                    group, ini, ini)),
+                (self.path('roots', 'smtpproxy.ini'), 0o644,
+                 'nor may it enter ' + self.path('roots')),
+                (ini, 0o644, '')):
+            os.chmod(path, mode)
+            with self.subTest(words):
+                told = subprocess.check_output(
+                    [sys.executable, smtpproxy.__file__, '--config', path,
+                     '--check'], universal_newlines=True)
+                self.assertEqual(bool(words), 'at a reload' in told, told)
+                self.assertIn(words, told)
+
 
 class HandlerTest(CommandCase):
 

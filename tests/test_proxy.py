@@ -110,6 +110,21 @@ class Reload(ProxyCase):
         self.assertLogged('ERROR', 'not reloaded', 'smtppasswordfile')
         self.assertEqual(250, self.code(SENDER))
 
+    def test_an_ini_that_its_user_may_not_read_is_told_with_its_mend(self):
+        def refuse(path, *arguments):
+            if path == self.path('smtpproxy.ini'):
+                raise PermissionError(errno.EACCES, 'Permission denied', path)
+            return real(path, *arguments)
+        real = os.open
+        with mock.patch.object(os, 'open', refuse):
+            self.start()
+        with mock.patch.object(os, 'open', refuse), mock.patch.object(
+                smtpproxy, 'load', side_effect=PermissionError(13, 'no')):
+            self.proxy.reload()
+
+        for level in 'WARNING', 'ERROR not reloaded:':
+            self.assertLogged(level, 'smtpproxy.ini: user', 'may not: chgrp')
+
     def test_without_a_password_file_it_does_not_start(self):
         with self.assertRaisesRegex(
                 smtpproxy.StartError, r'\[%s\] localpasswordfile = .*secret '
