@@ -1126,8 +1126,8 @@ class LogFile(logging.Handler):
     def _complain(self, what, error):
         if self._broken != str(error):
             self._broken = str(error)
-            say('the log %s cannot be %s: %s; mail goes on'
-                % (self._path, what, error))
+            say('the log %s cannot be %s: %s; mail goes on' % (
+                self._path, what, without_folder(self._path) or error))
 
     def _close_file(self):
         file, self._file = self._file, None
@@ -1142,6 +1142,14 @@ class LogFile(logging.Handler):
         finally:
             self.release()
         super().close()
+
+
+def without_folder(path):
+    """What is to be done if a file can't be made for want of its folder, or
+    ''."""
+    folder = os.path.dirname(path)
+    return '' if os.path.exists(folder) else (
+        'there is no folder %s: mkdir -p %s' % (folder, folder))
 
 
 def printable(text):
@@ -1226,8 +1234,9 @@ def warn_of_log(logs):
         logs.file)
     if os.access(where, os.W_OK):
         return []
-    return ['the log %s cannot be written by user %d; mail goes on without it'
-            % (logs.file, os.getuid())]
+    return ['the log %s cannot be written by user %d: %s; mail goes on '
+            'without it' % (logs.file, os.getuid(), without_folder(
+                logs.file) or 'no permission')]
 
 
 def warn_of_growth(logs):

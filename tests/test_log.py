@@ -257,6 +257,17 @@ class Unwritable(LogCase):
         self.assertIn(self.path('none', 'x.log'), said)
         self.assertIn('mail goes on', said)
 
+    def test_a_log_without_its_folder_is_told_how_to_get_one(self):
+        path = self.write('smtpproxy.ini', '[logging]\nfile=none/x.log\n')
+        self.open_log(file='none/x.log')
+        smtpproxy.log.info('a line')
+
+        for said in (self.stderr.getvalue(), *smtpproxy.warn_of_log(
+                smtpproxy.load(path).logging)):
+            folder = self.path('none')
+            self.assertIn('there is no folder %s: mkdir -p %s;' % (
+                folder, folder), said)
+
     @unittest.skipUnless(os.path.exists('/dev/full'), 'needs /dev/full')
     def test_a_full_disk_is_said_once(self):
         self.fill()
