@@ -2178,8 +2178,14 @@ class PrintedMessage(Message):
 
 def main(arguments):
     logging.basicConfig(level=logging.INFO, format='%(message)s')
-    server = Server(Printer)
-    server.listen('', int(arguments[0]) if arguments else 25)
+    server, port = Server(Printer), arguments[0] if arguments else '25'
+    try:
+        server.listen('', int(port))
+    except (ValueError, OverflowError):
+        sys.exit('smtps: %s is no port: python3 smtps.py 2525' % port)
+    except OSError as error:
+        sys.exit('smtps: port %s cannot be used: %s; another, such as 2525, '
+                 'perhaps?' % (port, error.strerror))
     server.start()
     print('printing what port %d receives; Ctrl-C ends it'
           % server.listeners[0].getsockname()[1], flush=True)

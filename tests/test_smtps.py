@@ -19,6 +19,7 @@ import re
 import resource
 import socket
 import struct
+import subprocess
 import sys
 import textwrap
 import threading
@@ -275,6 +276,21 @@ class ALibrary(unittest.TestCase):
 
         client.expect('250 2.0.0 thank you')
         self.assertEqual([b'Subject: x\r\n\r\n.\r\n'], known['mails'])
+
+    def test_alone_on_a_port_that_is_not_to_be_had_it_says_so(self):
+        with socket.socket() as taken:
+            taken.bind(('', 0))
+            taken.listen()
+            for port, words in (
+                    (str(taken.getsockname()[1]), 'Address already in use'),
+                    ('abc', 'is no port'), ('99999', 'is no port')):
+                with self.subTest(port):
+                    done = subprocess.run(
+                        [sys.executable, smtps.__file__, port],
+                        stderr=subprocess.PIPE, universal_newlines=True)
+                    self.assertEqual(1, done.returncode)
+                    self.assertRegex(done.stderr, r'\Asmtps: .*%s.*\n\Z'
+                                     % words)
 
 
 # --- What devices say -------------------------------------------------------
