@@ -8670,6 +8670,8 @@ deleteonerror=false
 USUAL_INI = 'smtpproxy.ini'
 USUAL_PORT = {'none': 25, 'tls': 587, 'ssl': 465}
 OTHER = Provider('other', '', '', 0, '', username='')   # host and port
+# What may stand behind --add: answers to its questions, and keys of the ini.
+KEYS = ('provider', 'login', 'port') + Account._fields
 
 
 class NotAdded(Exception):
@@ -8803,8 +8805,10 @@ class Interview:
         """What is typed, without the blanks around it; - for nothing."""
         if not self.somebody:
             if default is None:
-                raise NotAdded('%s is missing: nobody can be asked here, so '
-                               'it must stand behind --add' % name)
+                raise NotAdded('%s is missing%s: nobody can be asked here, so '
+                               'it must stand behind --add' % (
+                                   name, ' (smtpusername= for none)'
+                                   if name == 'smtpusername' else ''))
             return str(default)
         if name.endswith(SECRETS):
             return read_secret(question)
@@ -8843,11 +8847,14 @@ def for_ini(key, text):
 def given_keys(words):
     """{key: value} of the command line. A password is not shown there to all
     who call ps: it is read, in the order of the words. Raises NotAdded."""
-    given = {}
-    for word in words:
-        key, equals, value = word.partition('=')
-        if not equals or not re.fullmatch('[a-z]+', key):
+    given, pairs = {}, [word.partition('=') for word in words]
+    for key, equals, _ in pairs:
+        if not equals:
             raise NotAdded('what stands behind --add SENDER must be key=value')
+        if key not in KEYS:
+            raise NotAdded('%s is no key of an account%s' % (
+                key, nearest(key.lower(), KEYS)))
+    for key, _, value in pairs:
         if key in given:
             raise NotAdded('%s is there twice' % key)
         if key.endswith(SECRETS):

@@ -341,6 +341,20 @@ class Refusals(AddCase):
         self.assertIn('key=value', self.refuse(
             SENDER, 'smtppassword', SECRET))
 
+    def test_a_key_that_is_none_is_named_before_anything_is_read(self):
+        self.write('smtpproxy.ini', INI)
+        for word, meant in (('smtphosst=a', 'smtphost'),
+                            ('SMTPHOST=a', 'smtphost'),
+                            ('providr=gmx', 'provider')):
+            with self.subTest(word):
+                self.assertIn('%s is no key of an account: do you mean %s?' % (
+                    word.partition('=')[0], meant), self.refuse(
+                        SENDER, 'smtppassword=-', word))
+
+    def test_that_there_is_no_login_has_to_be_said(self):
+        self.assertIn('is missing (smtpusername= for none)', self.refuse(
+            SENDER, 'port=0', *self.keys(smtpusername='', smtppassword='')))
+
     def test_a_password_that_stdin_does_not_have(self):
         for typed in [], ['']:
             with self.subTest(typed):
