@@ -8888,23 +8888,33 @@ def add(options):
     require_trial(interview, settings, sender)
     ini.append(addition)
     tell('%s has a new section: [%s]' % (shown_path(ini.path), sender))
-    code = 0
-    try:
-        if 'oauth' in interview.keys:
-            options.login = sender
-            code = login(settings, options)
-        elif settings.account_for(sender).oauth:
-            become_owner(settings.config)
-            code = 0 if trial(settings, settings.account_for(sender)) else 1
-    except (KeyboardInterrupt, OSError) as error:
-        say('not finished: %s; go on with --login %s' % (
-            getattr(error, 'strerror', None) or 'interrupted', sender))
-        code = 1
+    options.login = sender
+    signed_in = first_sign_in(settings, options, interview.keys)
     for warning in settings.warnings:
         if warning not in now.warnings:
             tell('warning: ' + warning)
     tell_device(settings, sender)
-    return wake_service(settings) or code
+    code = wake_service(settings)
+    if not signed_in:
+        say('go on with --login %s' % sender)
+    return code or int(not signed_in)
+
+
+def first_sign_in(settings, options, keys):
+    """What a new account by OAuth2 still needs; returns whether it has it.
+    With use= another account may have it already."""
+    account = settings.account_for(options.login)
+    try:
+        if 'oauth' in keys:
+            return login(settings, options) == 0
+        if account.oauth:
+            become_owner(settings.config)
+            return trial(settings, account)
+    except (KeyboardInterrupt, OSError) as error:
+        say('not finished: %s' % (
+            getattr(error, 'strerror', None) or 'interrupted'))
+        return False
+    return True
 
 
 def new_section(settings, text, warn):

@@ -303,13 +303,28 @@ class ByOAuth(AddCase):
         return answer
 
     def test_it_is_written_and_goes_on_with_the_sign_in(self):
-        for result in 0, 1:
+        for result, said in (0, ''), (1, 'smtpproxy: go on with --login %s\n'
+                                      % SENDER):
             with self.subTest(result):
                 code, out, err = self.add_by_oauth(
                     result, 'provider=microsoft365')
-                self.assertEqual((result, ''), (code, err), out)
+                self.assertEqual((result, said), (code, err), out)
                 self.assertIn('\noauth=microsoft\n', self.section())
                 self.assertNotIn('smtppassword', self.section())
+
+    def test_a_sign_in_that_is_broken_off_can_go_on_later(self):
+        self.write('smtpproxy.ini', INI)
+        with mock.patch.object(smtpproxy, 'login',
+                               side_effect=KeyboardInterrupt):
+            code, out, err = self.add(
+                SENDER, 'oauthclientid=id', 'smtpusername=' + ME,
+                'provider=microsoft365')
+
+        self.assertEqual((1, [
+            'smtpproxy: not finished: interrupted',
+            'smtpproxy: go on with --login %s' % SENDER]),
+            (code, err.splitlines()))
+        self.assertIn('Now start it', out)
 
     def test_its_keys_are_asked_and_no_password(self):
         self.write('smtpproxy.ini', INI)
