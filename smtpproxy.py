@@ -772,6 +772,8 @@ class IniReader:
         if kind in (file_path, pem_file) and text:
             text = os.path.join(self._folder, os.path.expanduser(text))
         try:
+            if re.fullmatch('<your [^<>]*>', text):     # see Admission
+                raise ValueError('replace this by yours')
             return kind(text, functools.partial(self._warn, section, key))
         except ValueError as error:
             self._complain(section, key, '= %s: %s' % (

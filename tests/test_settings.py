@@ -343,6 +343,13 @@ class Mistakes(SettingsCase):
                     '%s=%s\n' % pair for pair in values.items()
                     if pair[0] != missing), missing + ' is missing')
 
+    def test_what_the_log_leaves_to_its_owner_has_to_be_replaced(self):
+        for key in 'smtphost', 'smtpusername', 'smtppassword':
+            with self.subTest(key):
+                self.assertMistake('[a@b]\n%s%s=<your own there>\n' % (
+                    '' if key == 'smtphost' else 'smtphost=mx\n', key),
+                    key, 'replace this by yours')
+
     def test_what_is_there_twice_is_named(self):
         for text, *words in (
                 ('[config]\nport=1\nPORT=2\n', '[config] port', 'twice', '3'),
