@@ -8697,6 +8697,8 @@ class Ini:
         """Raises NotAdded before the owner has answered anything."""
         where = self.path if self.exists else os.path.dirname(
             os.path.realpath(self.path))
+        if not os.path.exists(where):
+            raise NotAdded('there is no folder %s: make it first' % where)
         if not os.access(where, os.W_OK):
             raise NotAdded('%s cannot be changed by user %d: nothing is asked '
                            'and nothing written' % (where, os.getuid()))
@@ -9116,6 +9118,12 @@ def shown_path(path):
     return path if os.path.dirname(full) == os.getcwd() else full
 
 
+def config_option(path):
+    """What a command needs to take this ini, to be typed into a shell."""
+    import shlex
+    return '' if path == USUAL_INI else ' --config ' + shlex.quote(path)
+
+
 def own_address():
     """How devices reach this box, as far as it can know."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
@@ -9135,9 +9143,8 @@ def wake_service(settings):
         if os.path.isdir(spool.folder):
             spool.open(patience=0)
             spool.close()
-        tell('Now start it: python3 smtpproxy.py' + (
-            '' if settings.file == USUAL_INI else
-            ' --config ' + settings.file))
+        tell('Now start it: python3 smtpproxy.py'
+             + config_option(settings.file))
     except Busy:
         return ask_service(spool, [id], what, settings.config.sleeptime)
     except OSError as error:
@@ -9294,8 +9301,9 @@ def main(arguments):
         return serve(settings)
     except FileNotFoundError as error:
         say('%s is missing%s' % (os.path.abspath(error.filename), (
-            ': make it with --add, or of smtpproxy.ini.example, or see how it '
-            'works with --demo') if error.filename == options.config else ''))
+            ': make it with%s --add, or of smtpproxy.ini.example, or see how '
+            'it works with --demo' % config_option(options.config))
+            if error.filename == options.config else ''))
     except (ConfigError, StartError, NotAdded) as error:
         for line in str(error).splitlines():
             say(line)

@@ -428,6 +428,32 @@ class Refusals(AddCase):
             typed=[SECRET]))
 
 
+    def test_a_folder_that_is_not_there_is_named(self):
+        code, _, err = self.add('--config', self.path('no', 'x.ini'))
+
+        self.assertEqual((1, 'smtpproxy: there is no folder %s: make it '
+                          'first\n' % self.path('no')), (code, err))
+
+
+class AnotherIni(AddCase):
+    """What is said can be typed."""
+
+    def test_its_start_is_told_as_a_shell_takes_it(self):
+        path = self.path('my mail.ini')
+
+        code, out, _ = self.add(SENDER, 'port=0', *self.keys(), '--config',
+                                path, typed=[SECRET])
+
+        self.assertEqual(0, code)
+        self.assertIn("smtpproxy.py --config '%s'\n" % path, out)
+
+    def test_how_to_make_it_is_told(self):
+        path = self.path('x.ini')
+
+        self.assertIn('%s is missing: make it with --config %s --add' % (
+            path, path), self.fail_with('--config', path))
+
+
 class Appended(AddCase):
     """What was in the ini stays, byte for byte."""
 
