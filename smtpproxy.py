@@ -117,6 +117,10 @@ PACKAGES = {'logging': 'python3-logging', 'ssl': 'python3-openssl',
 def missing_module(error):
     """One line for the owner about an ImportError or LookupError."""
     name = getattr(error, 'name', None) or 'idna'
+    if not os.access(sys.base_prefix, os.X_OK):     # after user=, perhaps
+        return ('Python module %s cannot be read by user %d, nor can all of '
+                '%s: start with another Python, such as /usr/bin/python3' % (
+                    name, os.getuid(), sys.base_prefix))
     package = PACKAGES.get(name.partition('.')[0], 'the rest of Python')
     return ('Python module %s is missing on this box: install %s '
             '(opkg install or apk add)' % (name, package))

@@ -581,6 +581,15 @@ class Root(ProxyCase):
         self.assertLogged('WARNING', self.folder + ': ',
                           'file=log/smtpproxy.log')
 
+    def test_a_python_that_the_user_may_not_read_is_named(self):
+        error = ModuleNotFoundError(name='json')
+        with mock.patch.object(sys, 'base_prefix', self.path('none')):
+            self.assertIn('module json cannot be read by user',
+                          smtpproxy.missing_module(error))
+        with mock.patch.object(sys, 'base_prefix', self.folder):
+            self.assertIn('module json is missing on this box',
+                          smtpproxy.missing_module(error))
+
     def test_a_log_without_its_folder_stops_nothing(self):
         self.hand_over('nowhere/smtpproxy.log')
 
