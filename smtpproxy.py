@@ -1570,13 +1570,16 @@ class Draft:
 
     def __init__(self, spool, folder, id, kind, envelope, cache=None,
                  unwanted=None):
-        """folder: the descriptor of msgs/ that is locked; kind: of the file's
-        name; envelope: see envelope_text; cache: a dict, id -> the bytes of a
-        small mail; unwanted: a set of ids whose files are to be removed."""
+        """folder: the descriptor of msgs/ that is locked, or None; kind: of
+        the file's name; envelope: see envelope_text; cache: a dict, id -> the
+        bytes of a small mail; unwanted: a set of ids whose files are to be
+        removed."""
         self.id, self.size = id, 0
         # By its descriptor: never into an empty folder in its place.
         self._spool, self._folder = spool, folder
-        self._name = os.path.basename(spool.path(id, kind))
+        self._name = spool.path(id, kind)
+        if folder is not None:
+            self._name = os.path.basename(self._name)
         self._pending, self._cache = envelope, cache
         self._unwanted = unwanted
         self._file, self._checksum = None, 0
