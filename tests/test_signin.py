@@ -64,8 +64,9 @@ class SignInCase(FolderCase):
                     oauthdeviceurl=self.tokens.url('/device'),
                     oauthauthurl=self.tokens.url('/authorize?x=y'))
         text = ''.join('%s=%s\n' % pair for pair in keys.items())
-        return self.write('smtpproxy.ini', '[config]\nmsgdir=msgs\n[%s]\n'
-                          '%s%s' % (section, text, more))
+        return self.write(
+            'smtpproxy.ini', '[config]\nport=0\nmsgdir=msgs\n[%s]\n%s%s' % (
+                section, text, more))
 
     def grants(self, more=''):
         return smtpproxy.Grants(smtpproxy.load(self.ini(more)), self.clock,
