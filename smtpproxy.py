@@ -1939,7 +1939,7 @@ class Spool(Folder):
         self._epoch = time.time() - clock()
         self._numbering = threading.Lock()      # guards _sequence
         self._sequence = int.from_bytes(os.urandom(2), 'big')
-        self._unwanted = set()       # ids of files that could not be removed
+        self._unwanted = set()      # ids of files that could not be removed
         self._unsaved = {}          # id -> changes that the disk refused
         self._cache = {}            # id -> the bytes of a small mail that was
                                     # just written: nobody has to read it
@@ -2141,7 +2141,7 @@ class Spool(Folder):
         return 'it is no mail of smtpproxy'
 
     def retry_removals(self):
-        """Tries again to remove what is delivered."""
+        """Tries again to remove what is delivered, or was never promised."""
         for id in list(self._unwanted):
             try:
                 os.unlink(self.path(id, 'mail'))
